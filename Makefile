@@ -1,0 +1,47 @@
+# `make` builds everything; `make test` checks everything. Both set the environment up first.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS ?= ignore::FutureWarning
+TRACKING ?= sqlite:///$(CURDIR)/mlflow.db
+
+.PHONY: all check test gpu benchmark ui track table lock clean
+
+all: .venv/installed
+	python -m stages.check
+	dvc repro
+
+.venv/installed: requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(shell sed -n 's/^uv==//p' requirements.lock)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --quiet --compile-bytecode requirements.lock
+	touch $@
+
+test: .venv/installed
+	ruff format --check .
+	ruff check .
+	basedpyright
+	hadolint Dockerfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive pytest
+
+gpu: .venv/installed
+	pytest -m gpu
+	for benchmark in benchmarks/*.py; do python $$benchmark || exit 1; done
+	dvc repro --single-item --force $$(dvc stage list --name-only | grep '^profile@')
+
+ui: .venv/installed
+	python -m stages.ui
+
+track: .venv/installed
+	dvc repro --single-item --force track
+
+table: .venv/installed
+	cat outputs/report/table.md
+
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --group pyproject.toml:dev --no-annotate --no-header --no-emit-index-url --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf outputs .venv mlflow.db mlartifacts
+	rm -rf .dvc/cache .dvc/tmp

@@ -1,0 +1,1 @@
+"""Winnow's library: over-parameterise, revive, compress, collapse, export and measure convolutional networks."""

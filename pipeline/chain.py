@@ -1,0 +1,105 @@
+"""What the training stages of the chain share: from prepared data and a model to a trained model, its card and its record."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import checkpoint, methods
+from pipeline.config import Augment, Fit, Runtime, lookup, parse
+from pipeline.data.batches import Batches, Prepared, SplitName, load
+from pipeline.evaluation import evaluate, pick_device
+from pipeline.hooks import Hook, Run
+from pipeline.records import Record
+from pipeline.resume import Resume, fingerprint
+from pipeline.training import train
+
+
+EVALUATION_BATCH = 256  # images; results do not depend on it but for rounding
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what a stage trains."""
+
+    prepared: Prepared
+    augment: Augment
+    runtime: Runtime
+    device: torch.device
+    resume: Path  # folder of the states of unfinished trainings
+
+    def batches(self, split: SplitName, batch_size: int, seed: int = 0) -> Batches:
+        """A split's images; only those of the training split are shuffled and augmented."""
+        training = split == "train"
+        augment = self.augment if training else None
+        return Batches(self.prepared, split, batch_size, self.device, augment, training, seed, self.runtime.workers)
+
+
+def setting(params: dict[str, Any], prepared: Path, resume: Path) -> tuple[Setting, dict[str, Any]]:
+    """The setting of the sections `augment` and `runtime` and the data in `prepared`; and the sections for the record."""
+    augment = parse("augment", lookup(params, "augment"), Augment)
+    runtime = parse("runtime", lookup(params, "runtime"), Runtime)
+    device = pick_device(runtime.device, runtime.threads)
+    where = Setting(load(prepared), augment, runtime, device, resume)
+    return where, {"augment": augment.model_dump(), "runtime": runtime.model_dump()}
+
+
+def train_stage(
+    where: Setting,
+    record: Record,
+    model: nn.Module,
+    card: dict[str, Any],
+    *,
+    fit: Fit,
+    hooks: Sequence[Hook] = (),
+    parent: Path | None = None,
+    out: Path,
+) -> None:
+    """Train `model` with `hooks` and write `out`/model and `out`/record.json.
+
+    `parent` is the folder that the model came from. The hooks of the card's over-parameterisation join by themselves. The test
+    split is touched once, after the last epoch.
+    """
+    stage, seed = record.identity["stage"], record.identity["seed"]
+    assert isinstance(seed, int)
+    inputs = sorted(parent.iterdir()) if parent else []
+    decisive = [record.identity, record.parameters, where.prepared.fingerprint, str(where.device)]
+    resume = Resume(where.resume, f"{stage}-{record.identity['variant']}", fingerprint(decisive, inputs))
+    train_batches = where.batches("train", fit.batch_size, seed)
+    validation = where.batches("validation", EVALUATION_BATCH)
+    run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage)
+    trained = train(run, [*expansion_hooks(card), *hooks], resume)
+    finish(where, record, run, trained, card, out)
+    resume.clear()
+
+
+def expansion_hooks(card: dict[str, Any]) -> list[Hook]:
+    """What the over-parameterisation of a model adds to its training."""
+    expansion = card["expansion"]
+    return [methods.load("overparameterize", expansion["method"]).Hook(**expansion["arguments"])] if expansion else []
+
+
+def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dict[str, Any], out: Path) -> None:
+    """Evaluate on the test split, and write the model and the record."""
+    test = evaluate(model, where.batches("test", EVALUATION_BATCH))
+    validation = evaluate(model, run.validation)
+    record.metrics |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
+    record.metrics |= {"validation_accuracy": validation.accuracy}
+    record.metrics["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    record.metrics["epochs"] = run.epoch
+    record.history, record.events = run.history, run.events
+    record.notes += run.notes
+    write(record, model, card, out)
+
+
+def write(record: Record, model: nn.Module, card: dict[str, Any], out: Path) -> None:
+    """Write `out`/model, with this stage in the card's lineage, and `out`/record.json."""
+    identity = {key: record.identity[key] for key in ("stage", "variant", "seed")}
+    checkpoint.save(out / "model", model, checkpoint.continued(card, **identity, parameters=record.parameters))
+    record.layers = checkpoint.layer_table(model, card)
+    record.artifacts = ["model/model.safetensors", "model/model.json"]
+    record.data = card["data"]
+    record.write(out)

@@ -1,0 +1,213 @@
+"""Small charts as SVG text, for the page and for MLflow: no dependency, equal input gives equal text.
+
+Colours are CSS variables with a fallback, so that the page's light or dark scheme decides and a file of its own is readable.
+Everything that comes from records is escaped here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+FALLBACK = ("#0b63a5", "#b3500a", "#0f766e", "#8a3a8f", "#7a6200", "#b0243f", "#4b5563", "#3f6212")
+SHAPES = ("circle", "square", "triangle", "diamond", "down", "cross")
+WIDTH, HEIGHT = 720, 400
+LEFT, RIGHT, TOP, BOTTOM = 84, 20, 18, 58
+STYLE = (
+    "text{font:13px system-ui,sans-serif;fill:#1f2328}.grid{stroke:#d8dee4;fill:none}.front{stroke:#57606a;fill:none;"
+    "stroke-width:1.5;stroke-dasharray:5 4}.line{fill:none;stroke-width:2}.mark{stroke:#57606a;stroke-dasharray:2 3}"
+    ".full{fill:none;stroke:#8c959f}.kept{fill:#0b63a5}.error{stroke-width:1.5}"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A variant in a scatter chart. `lines` are the tooltip's; `color` and `shape` count from 0 and repeat."""
+
+    name: str
+    x: float
+    y: float
+    color: int
+    shape: int
+    front: bool
+    lines: Sequence[str]
+    error: float = 0.0  # half the length of the vertical bar
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve; `color` counts from 0, `dashed` tells two of one colour apart."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values to positions: linear, or logarithmic where they span more than a factor of twenty."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Position of a value."""
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (value - low) / (high - low)
+
+
+def axis(values: Sequence[float], start: float, end: float, *, zero: bool = False, may_log: bool = False) -> Axis:
+    """An axis with a margin around `values`; with `zero` it starts there, unless it is logarithmic."""
+    low, high = min(values), max(values)
+    if may_log and low > 0 and high / low > 20:
+        return Axis(low / 1.4, high * 1.4, start, end, log=True)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return Axis(0.0 if zero else low - margin, high + margin, start, end)
+
+
+def ticks(scale: Axis, count: int = 5) -> list[float]:
+    """Round values within the axis: steps of 1, 2 or 5 times a power of ten; on a logarithmic axis those values themselves."""
+    if scale.log:
+        powers = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
+        found = [float(digit * 10.0**power) for power in powers for digit in (1, 2, 5)]
+        return [value for value in found if scale.low <= value <= scale.high]
+    raw = (scale.high - scale.low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= raw)
+    first = math.ceil(scale.low / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, math.floor(scale.high / step + 1e-9) + 1)]
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, x_factor: float) -> str:
+    """Accuracy (fractions, shown in percent) against a cost (shown divided by `x_factor`); the front is joined by a line."""
+    x = axis([point.x / x_factor for point in points], LEFT, WIDTH - RIGHT, zero=True, may_log=True)
+    y = axis([100 * (point.y + side * point.error) for point in points for side in (-1, 1)], HEIGHT - BOTTOM, TOP)
+    body = _grid(x, y, WIDTH, HEIGHT, x_title, y_title)
+    front = sorted((point.x / x_factor, 100 * point.y) for point in points if point.front)
+    corners = [(x.at(a), y.at(b)) for a, b in front]
+    steps = [*corners[:1], *(corner for one, two in pairwise(corners) for corner in ((two[0], one[1]), two))]
+    body.append(f'<path class="front" d="{_path(steps)}"/>')
+    placed: list[tuple[float, float, float]] = []
+    labels = []
+    for point in sorted(points, key=lambda point: not point.front):
+        left, top = x.at(point.x / x_factor), y.at(100 * point.y)
+        if point.front:
+            labels += _label(point.name, left, top, placed)
+        ends = y.at(100 * (point.y - point.error)), y.at(100 * (point.y + point.error))
+        body.append(_mark(point, left, top, ends))
+    return _svg(WIDTH, HEIGHT, f"{y_title} against {x_title}", [*body, *labels])
+
+
+def curves(series: Sequence[Series], marks: Sequence[tuple[float, str]], y_title: str, percent: bool) -> str:
+    """Curves over epochs; `marks` are (epoch, what happened) as dotted vertical lines with a title."""
+    width, height = 460, 240
+    factor = 100 if percent else 1
+    x = axis([value for line in series for value in line.x], 62, width - 12, zero=True)
+    y = axis([factor * value for line in series for value in line.y], height - 44, 12)
+    body = _grid(x, y, width, height, "epoch", y_title)
+    for epoch, text in marks:
+        at = f"{x.at(epoch):.1f}"
+        body.append(f'<g><title>{escape(text)}</title><path class="mark" d="M{at} 12V{height - 44}"/>')
+        body.append(f'<path class="event" d="M{at} 20l-5 -9h10z"/></g>')
+    for line in series:
+        corners = [(x.at(a), y.at(factor * b)) for a, b in zip(line.x, line.y, strict=True)]
+        dash = ' stroke-dasharray="6 4"' if line.dashed else ""
+        stroke = f'stroke="{color(line.color)}"{dash}'
+        body.append(f'<path class="line" {stroke} d="{_path(corners)}"><title>{escape(line.name)}</title></path>')
+    return _svg(width, height, f"{y_title} by epoch", body)
+
+
+def bars(layers: Sequence[tuple[str, int, int]]) -> str:
+    """Channels of each layer, (name, kept, full): kept filled, the full width outlined."""
+    names = [name if len(name) <= 24 else f"…{name[-23:]}" for name, _, _ in layers]
+    left, row, width = 20 + 8 * max(map(len, names)), 24, 640
+    longest = max(full for _, _, full in layers)
+    body = []
+    for index, (name, (_, kept, full)) in enumerate(zip(names, layers, strict=True)):
+        top, scale = index * row + 4, (width - left - 110) / longest
+        share = f"{kept} of {full}"
+        body.append(f'<text x="{left - 8}" y="{top + 12}" text-anchor="end">{escape(name)}</text>')
+        body.append(f'<rect class="kept" x="{left}" y="{top}" width="{kept * scale:.1f}" height="15"/>')
+        body.append(f'<rect class="full" x="{left}" y="{top}" width="{full * scale:.1f}" height="15"/>')
+        body.append(f'<text x="{left + full * scale + 8:.1f}" y="{top + 12}">{share}</text>')
+    return _svg(width, len(layers) * row + 4, "Output channels of each layer, kept and full", body)
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own: with the namespace, a style and a white ground."""
+    head, body = svg.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{body}\n'
+
+
+def color(index: int) -> str:
+    """The colour of a category, as CSS."""
+    index %= len(FALLBACK)
+    return f"var(--c{index},{FALLBACK[index]})"
+
+
+def shape(kind: int, x: float, y: float, r: float) -> str:
+    """Path data of a marker around (x, y)."""
+    corners = {
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "triangle": [(0, -1.25), (1.2, 0.95), (-1.2, 0.95)],
+        "diamond": [(0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)],
+        "down": [(0, 1.25), (1.2, -0.95), (-1.2, -0.95)],
+        "cross": [(-1.3, -.4), (-.4, -.4), (-.4, -1.3), (.4, -1.3), (.4, -.4), (1.3, -.4), (1.3, .4), (.4, .4), (.4, 1.3),
+                  (-.4, 1.3), (-.4, .4), (-1.3, .4)],
+    }  # fmt: skip
+    name = SHAPES[kind % len(SHAPES)]
+    if name == "circle":
+        return f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z"
+    return _path([(x + r * dx, y + r * dy) for dx, dy in corners[name]]) + "z"
+
+
+def _mark(point: Point, left: float, top: float, ends: tuple[float, float]) -> str:
+    """A marker that can be reached by keyboard: filled on the front, hollow elsewhere."""
+    paint = color(point.color)
+    bar = f'<path class="error" stroke="{paint}" d="M{left:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>' if point.error else ""
+    fill = paint if point.front else "var(--card,#fff)"
+    told = escape("\n".join([point.name, *point.lines]))
+    drawn = f'<path d="{shape(point.shape, left, top, 7)}" fill="{fill}" stroke="{paint}" stroke-width="2"/>'
+    return f'<g class="point" tabindex="0" role="img" aria-label="{told}"><title>{told}</title>{bar}{drawn}</g>'
+
+
+def _label(name: str, left: float, top: float, placed: list[tuple[float, float, float]]) -> list[str]:
+    """The name beside a marker, at the first of four places that is free, or nowhere."""
+    width = 7.2 * len(name)
+    for dx, dy in ((12, 5), (12, 20), (-12 - width, 5), (12, -10)):
+        x, y = left + dx, top + dy
+        clear = all(abs(y - other) > 15 or x > end or x + width < start for start, other, end in placed)
+        if clear and LEFT < x and x + width < WIDTH and y > TOP:
+            placed.append((x, y, x + width))
+            return [f'<text class="name" x="{x:.1f}" y="{y:.1f}">{escape(name)}</text>']
+    return []
+
+
+def _grid(x: Axis, y: Axis, width: float, height: float, x_title: str, y_title: str) -> list[str]:
+    body = []
+    for value in ticks(y):
+        body.append(f'<path class="grid" d="M{x.start:.1f} {y.at(value):.1f}H{x.end:.1f}"/>')
+        body.append(f'<text class="tick" x="{x.start - 8:.1f}" y="{y.at(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in ticks(x):
+        body.append(f'<path class="grid" d="M{x.at(value):.1f} {y.start:.1f}v5"/>')
+        body.append(f'<text class="tick" x="{x.at(value):.1f}" y="{y.start + 20:.1f}" text-anchor="middle">{value:g}</text>')
+    body.append(f'<path class="grid" d="M{x.start:.1f} {y.start:.1f}H{x.end:.1f}"/>')
+    middle, centre = (x.start + x.end) / 2, (y.start + y.end) / 2
+    body.append(f'<text class="title" x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>')
+    turn = f'transform="translate(16 {centre:.1f}) rotate(-90)"'
+    body.append(f'<text class="title" {turn} text-anchor="middle">{escape(y_title)}</text>')
+    return body
+
+
+def _path(corners: Sequence[tuple[float, float]]) -> str:
+    return "".join(f"{'L' if index else 'M'}{x:.1f} {y:.1f}" for index, (x, y) in enumerate(corners))
+
+
+def _svg(width: float, height: float, title: str, body: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="{escape(title)}">{"".join(body)}</svg>'

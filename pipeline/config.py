@@ -1,0 +1,186 @@
+"""params.yaml as typed, frozen sections: unknown keys are refused and nothing has a default hidden in code."""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import InputError
+
+PARAMS = Path("params.yaml")
+
+Fraction = Field(gt=0, lt=1)
+
+
+class Section(BaseModel):
+    """A part of params.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+class Data(Section):
+    """What `prepare` reads."""
+
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "folder"]
+    root: str  # folder (or, for cifar10, also an .npz file) that holds the raw data
+    download: bool  # let torchvision fetch what is missing
+    image_size: int | None = Field(ge=1)  # resize to a square of so many pixels; null keeps the size
+    storage: Literal["auto", "memory", "stream"]
+    validation: float = Fraction  # share of the training images held out for every selection
+    test: float = Fraction  # share held out for the test where the data has no test split of its own
+    split_seed: int
+    mean: Literal["auto"] | list[float]  # per channel of pixels in [0, 1]; auto: measured on the training images
+    std: Literal["auto"] | list[float]
+
+
+class Augment(Section):
+    """Random changes of training images."""
+
+    pad: int = Field(ge=0)  # pixels added on each side before a random crop back to size; 0: no crop
+    pad_mode: Literal["zero", "reflect"]
+    flip: bool  # left-right, with probability 1/2
+
+
+class Runtime(Section):
+    """Where and how the computing is done."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int = Field(ge=1)  # CPU threads; results repeat bit for bit only at the same number
+    workers: int = Field(ge=0)  # processes that decode streamed images
+
+
+class Steps(Section):
+    """A learning rate that falls in steps."""
+
+    every: int = Field(ge=1)  # epochs
+    factor: float = Field(gt=0, le=1)
+
+
+class Fit(Section):
+    """How a stage trains."""
+
+    epochs: int = Field(ge=0)
+    batch_size: int = Field(ge=2)
+    optimizer: Literal["sgd", "adam"]
+    lr: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    nesterov: bool
+    weight_decay: float = Field(ge=0)
+    schedule: Literal["cosine", "constant"] | Steps  # cosine falls to 0 at each step; the others at each epoch
+    label_smoothing: float = Field(ge=0, lt=1)
+    select: Literal["last", "best"]  # keep the last epoch or the one with the best validation accuracy
+    precision: Literal["auto", "fp32", "bf16"]
+
+
+class Distill(Section):
+    """A teacher: the network as it enters the stage, before it is made smaller."""
+
+    loss: Literal["softmax_mse", "logit_mse", "kl"]
+    weight: float = Field(gt=0)  # of the teacher's term beside the cross-entropy
+    temperature: float = Field(gt=0)  # logits are divided by it; larger is softer
+
+
+class Block(Section):
+    """A block under `revive:`, named by the user; each method adds its own options."""
+
+    method: str
+    fit: Fit
+
+
+class CompressBlock(Block):
+    """A block under `compress:`, named by the user; each method adds its own options."""
+
+    distill: Distill | None
+
+
+class Train(Section):
+    """The first training, over-parameterised."""
+
+    overparameterize: dict[str, Any]  # `method` and its options
+    fit: Fit
+
+
+class Variants(Section):
+    """The grid: every revive block with every compress block."""
+
+    revive: list[str] = Field(min_length=1)
+    compress: list[str] = Field(min_length=1)
+
+
+class Export(Section):
+    """How the ONNX file is written and proven."""
+
+    opset: Literal[18, 20]
+    atol: float = Field(gt=0)  # largest |ONNX - torch| allowed on logits: atol + rtol * |torch|
+    rtol: float = Field(ge=0)
+
+
+class Profile(Section):
+    """What is timed."""
+
+    control: str  # the variant, REVIVE-COMPRESS, against which every speed-up is measured
+    providers: list[Literal["cuda", "cpu"]] = Field(min_length=1)
+    threads: int = Field(ge=1)  # of ONNX Runtime on the CPU
+    batch_sizes: list[int] = Field(min_length=1)
+    warmup_s: float = Field(gt=0)
+    repeats: int = Field(ge=20)  # timed calls of each model in one measurement
+    stability: float = Field(gt=0)  # repeat while the median's interval is wider than this share of it
+    attempts: int = Field(ge=1)  # measurements at most before it is reported as unstable
+
+
+class Tracking(Section):
+    """Where MLflow keeps the runs when MLFLOW_TRACKING_URI does not say otherwise."""
+
+    experiment: str = Field(min_length=1)
+    timeout_s: int = Field(ge=1)  # how long one request to a tracking server may take
+
+
+def read_params(path: Path = PARAMS) -> dict[str, Any]:
+    """The whole of params.yaml as plain values."""
+    try:
+        params = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: run from the project's root") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(params, dict):
+        raise InputError(f"{path} must hold sections (seed, data, model, ...), not {type(params).__name__}")
+    return params
+
+
+def parse(key: str, value: Any, model: type[SectionType]) -> SectionType:
+    """`value`, found in params.yaml under `key`, as a typed section; `InputError` has one line a mistake."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(key, mistake) for mistake in error.errors())) from None
+
+
+def section(key: str, model: type[SectionType], path: Path = PARAMS) -> SectionType:
+    """The section of params.yaml at the dotted `key`."""
+    return parse(key, lookup(read_params(path), key), model)
+
+
+def lookup(params: dict[str, Any], key: str) -> Any:
+    """The value at the dotted `key`; `InputError` says which part is missing and what stands there."""
+    value: Any = params
+    for depth, part in enumerate(parts := key.split(".")):
+        if not isinstance(value, dict) or part not in value:
+            where = ".".join(parts[:depth]) or str(PARAMS)
+            there = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
+            raise InputError(f"params.yaml: {where} has no {part!r}; it has {there}")
+        value = value[part]
+    return value
+
+
+def _explain(key: str, mistake: Any) -> str:
+    where = ".".join(str(part) for part in (key, *mistake["loc"]) if not str(part).startswith("literal["))
+    if mistake["type"] == "missing":
+        return f"params.yaml: {where} is missing; every parameter must be given"
+    if mistake["type"] == "extra_forbidden":
+        return f"params.yaml: {where} is not a parameter; remove it or correct its name"
+    return f"params.yaml: {where} = {mistake['input']!r}: {mistake['msg'].lower()}"

@@ -1,0 +1,212 @@
+"""Prepared data as batches on the device: shuffled, cropped, flipped and normalised, the same in every run.
+
+B: images in a batch, C, H, W: channels, height, width; p: pixels of padding. An epoch's order, crops and flips depend
+on (seed, epoch number) alone, so a run that continues at epoch n sees what an undisturbed run sees.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from pipeline import files
+from pipeline.config import Augment
+from pipeline.data import stream
+from pipeline.errors import InputError
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+SplitName = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder written by `prepare`: what is in it. Pixels scaled to [0, 1] are normalised as (x - mean) / std."""
+
+    folder: Path
+    name: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]  # C, H, W
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+    counts: dict[str, int]  # images in each split
+    storage: Literal["memory", "stream"]
+    root: Path | None  # of the image files, where storage is stream
+
+
+def load(folder: Path) -> Prepared:
+    """What `prepare` wrote to `folder`. `InputError` names the file when one is missing, cut short or does not fit."""
+    card = files.read_json(folder / "data.json")
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise _damaged(folder / "data.json", f"its format is not {FORMAT}")
+    try:
+        known = {key: card[key] for key in Prepared.__dataclass_fields__ if key != "folder"}
+        prepared = TypeAdapter(Prepared).validate_python({"folder": folder, **known})
+        sizes = {name: int(card["files"][name]) for split in SPLITS for name in _names(prepared, split)}
+        fits = len(prepared.mean) == len(prepared.std) == prepared.shape[0] and set(prepared.counts) == set(SPLITS)
+        fits = fits and all(value > 0 for value in prepared.std)
+    except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        raise _damaged(folder / "data.json", " ".join(str(error).split())) from None
+    if not fits:
+        raise _damaged(folder / "data.json", "mean, std, shape and counts do not fit")
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(path, "it is missing")
+        if path.stat().st_size != size:
+            raise _damaged(path, f"it has {path.stat().st_size} bytes, not {size}")
+    for split in SPLITS:
+        _check(prepared, split)
+    return prepared
+
+
+class Batches:
+    """The images and labels of one split, in batches.
+
+    With `shuffle` (training) images come in a new order each epoch and an incomplete last batch is dropped unless it is
+    the only one; without, all come in the order of the split. `augment` (None: no change) pads by p pixels, crops back
+    at a random place and flips half of the images, each image on its own. Pixels in memory live on the device as uint8;
+    streamed ones are decoded by `workers` processes (0: in this one). `images`: how many images an epoch yields.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        split: SplitName,
+        batch_size: int,
+        device: torch.device | str,
+        augment: Augment | None,
+        shuffle: bool,
+        seed: int,
+        workers: int = 0,
+        channels_last: bool = True,
+    ) -> None:
+        self.prepared, self.split, self.batch_size, self.device = prepared, split, batch_size, torch.device(device)
+        self.augment, self.shuffle, self.seed, self.workers = augment, shuffle, seed, workers
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.count = prepared.counts[split]
+        self.images = len(self) * batch_size if shuffle and self.count >= batch_size else self.count
+        channels, height, width = prepared.shape
+        if augment and augment.pad_mode == "reflect" and augment.pad >= min(height, width):
+            raise InputError(f"augment.pad = {augment.pad} cannot reflect images of {height}x{width} pixels: lower it")
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (prepared.mean, prepared.std))
+        self._scale = (1 / (255 * std)).float().repeat(width).to(self.device)  # (W * C,)
+        self._shift = (-mean / std).float().repeat(width).to(self.device)
+        self._labels = torch.from_numpy(np.load(prepared.folder / f"{split}_labels.npy")).to(self.device)
+        self._pixels: Tensor | None = None
+        if prepared.storage == "memory":
+            pixels = torch.from_numpy(np.load(prepared.folder / f"{split}_images.npy"))
+            self._pixels = _padded(pixels.to(self.device), augment)
+        else:
+            self._files = _listed(prepared, split)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (rest > 0 and not (self.shuffle and whole > 0))
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Epoch `number`: float32 images (B, C, H, W), normalised, and int64 labels (B,), both on the device."""
+        draw = torch.Generator()
+        draw.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{number}".encode()).digest()[:8], "big"))
+        order = torch.randperm(self.count, generator=draw) if self.shuffle else torch.arange(self.count)
+        order = order[: self.images]
+        pad = self.augment.pad if self.augment else 0
+        corners = torch.randint(2 * pad + 1, (2, self.images), generator=draw)
+        flips = torch.rand(self.images, generator=draw) < 0.5
+        labels = self._labels[order.to(self.device)].split(self.batch_size)
+        corners, flips = corners.to(self.device).split(self.batch_size, 1), flips.to(self.device).split(self.batch_size)
+        for (pixels, picks), corner, flip, label in zip(self._pools(order), corners, flips, labels, strict=True):
+            yield self._view(pixels, picks, corner, flip), label
+
+    def _pools(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each batch of `order` padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant."""
+        if self._pixels is not None:
+            for picks in order.to(self.device).split(self.batch_size):
+                yield self._pixels, picks
+            return
+        batches = [picks.tolist() for picks in order.split(self.batch_size)]
+        for pixels in stream.read(self._files, batches, self.workers, pin=self.device.type == "cuda"):
+            pixels = _padded(pixels.to(self.device, non_blocking=True), self.augment)
+            yield pixels, torch.arange(len(pixels), device=self.device)
+
+    def _view(self, pixels: Tensor, picks: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
+        """Of uint8 `pixels` (N, H + 2p, W + 2p, C) the images `picks`, cropped at `corners`, flipped, normalised."""
+        channels, height, width = self.prepared.shape
+        rows = pixels.flatten(2)  # (N, H + 2p, (W + 2p) * C)
+        # (N, 2p + 1, 2p + 1, H, W * C): a view, no copy
+        windows = rows.unfold(1, height, 1).unfold(2, width * channels, channels)
+        images = windows[picks, corners[0], corners[1]]  # (B, H, W * C)
+        if self.augment and self.augment.flip:
+            mirrored = images.unflatten(2, (width, channels)).flip(2).flatten(2)
+            images = torch.where(flips[:, None, None], mirrored, images)
+        # whole rows of W * C numbers: a last dimension of C = 3 would be ten times slower on a CPU
+        images = images.float().mul_(self._scale).add_(self._shift)
+        return images.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+
+
+def _padded(pixels: Tensor, augment: Augment | None) -> Tensor:
+    """uint8 (N, H, W, C) -> (N, H + 2p, W + 2p, C): zeros (black) or mirror images without the edge pixel repeated."""
+    if augment is None or augment.pad == 0:
+        return pixels
+    pad, (images, height, width, channels) = augment.pad, pixels.shape
+    padded = pixels.new_zeros(images, height + 2 * pad, width + 2 * pad, channels)
+    padded[:, pad : pad + height, pad : pad + width] = pixels
+    if augment.pad_mode == "reflect":
+        for side, size in ((1, height), (2, width)):  # rows, then whole columns, corners included
+            first, last = pad, pad + size - 1
+            for step in range(1, pad + 1):
+                padded.select(side, first - step).copy_(padded.select(side, first + step))
+                padded.select(side, last + step).copy_(padded.select(side, last - step))
+    return padded
+
+
+def _names(prepared: Prepared, split: str) -> list[str]:
+    return [f"{split}_labels.npy", f"{split}_images.npy" if prepared.storage == "memory" else f"{split}_files.json"]
+
+
+def _check(prepared: Prepared, split: str) -> None:
+    """The arrays of a split have the type and shape that data.json says, and labels name its classes."""
+    channels, height, width = prepared.shape
+    count = prepared.counts[split]
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {f"{split}_labels.npy": ("int64", (count,))}
+    if prepared.storage == "memory":
+        expected[f"{split}_images.npy"] = ("uint8", (count, height, width, channels))
+    elif prepared.root is None or not prepared.root.is_dir():
+        raise InputError(f"{prepared.root}, which holds the images, is not there: bring it back or prepare again")
+    for name, (dtype, shape) in expected.items():
+        path = prepared.folder / name
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise _damaged(path, str(error)) from None
+        if array.dtype != dtype or array.shape != shape:
+            raise _damaged(path, f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
+    labels = np.load(prepared.folder / f"{split}_labels.npy", allow_pickle=False)
+    if not count or labels.min() < 0 or labels.max() >= len(prepared.classes):
+        raise _damaged(prepared.folder / f"{split}_labels.npy", f"labels must be 0 to {len(prepared.classes) - 1}")
+
+
+def _listed(prepared: Prepared, split: str) -> stream.Files:
+    path = prepared.folder / f"{split}_files.json"
+    listed = files.read_json(path)
+    try:
+        paths, lengths = listed["paths"], listed["lengths"]
+        assert prepared.root is not None
+        whole = len(paths) == len(lengths) == prepared.counts[split]
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, repr(error)) from None
+    if not whole:
+        raise _damaged(path, f"it does not list {prepared.counts[split]} files")
+    return stream.Files(prepared.root, paths, lengths, prepared.shape[0], prepared.shape[1])
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is damaged ({why}): delete {path.parent} and run `dvc repro` again")

@@ -1,0 +1,243 @@
+"""Raw data -> a folder of plain files that `batches.load` accepts, written whole or not at all.
+
+data.json                                 name, classes, shape, normalisation, counts, fingerprint, file sizes
+{train,validation,test}_labels.npy        int64 (N,)
+{train,validation,test}_images.npy        uint8 (N, H, W, C)                                   (storage: memory)
+{train,validation,test}_files.json        paths below `root` and lengths in bytes, (N,) each   (storage: stream)
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline import files
+from pipeline.config import Data
+from pipeline.data import sources, stream
+from pipeline.data.batches import FORMAT
+from pipeline.data.sources import Source, Split
+from pipeline.errors import InputError
+
+LIMIT = 4 * 2**30  # bytes of pixels up to which storage "auto" keeps them in memory
+CHUNK = 512  # images decoded and written at a time
+
+Result = TypeVar("Result")
+
+
+def prepare(options: Data, out: Path) -> dict[str, Any]:
+    """Read the data set `options` describes, divide it, measure it, write it to the folder `out`; returns data.json.
+
+    Raises `InputError` for what is wrong with the raw data or the options, `OSError` when the disk fails. An earlier
+    `out` stays as it was until the new one is complete.
+    """
+    source = _divided(sources.load(options), options)
+    layout = _layout(source, options)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        card = _write(source, layout, options, partial)
+        _replace(partial, out)
+    except OSError as error:  # a failed write does not know its file
+        raise OSError(error.errno, error.strerror, error.filename or str(out)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return card
+
+
+def hold_out(
+    labels: np.ndarray, classes: tuple[str, ...], share: float, seed: int, purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (kept, held out), both ascending: of each class round(share * its images), at least 1, are held out.
+
+    Images are ranked by a SHA-256 of (seed, purpose, index): no library's random numbers, so no version changes them.
+    Raises `InputError` where a class would have no image left.
+    """
+    ranks = np.array([hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest() for index in range(len(labels))])
+    order = np.lexsort((ranks, labels))
+    held = []
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        count = max(1, round(share * len(members)))
+        if count >= len(members):
+            raise InputError(
+                f"data.{purpose} = {share} leaves class {classes[labels[members[0]]]} no training image of its "
+                f"{len(members)}: lower it or add images"
+            )
+        held.append(members[:count])
+    chosen = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def _divided(source: Source, options: Data) -> Source:
+    """The source with all three splits: what it lacks is held out of its training images."""
+    splits = dict(source.splits)
+    if missing := set(range(len(source.classes))) - set(splits["train"].labels.tolist()):
+        names = ", ".join(source.classes[index] for index in sorted(missing))
+        raise InputError(f"data.root: {options.root} has no training images of class {names}: add some")
+    for purpose, share in (("test", options.test), ("validation", options.validation)):
+        if purpose not in splits:
+            whole = splits["train"]
+            kept, held = hold_out(whole.labels, source.classes, share, options.split_seed, purpose)
+            splits["train"] = Split(whole.images[kept], whole.labels[kept])
+            splits[purpose] = Split(whole.images[held], whole.labels[held])
+    ordered = {name: splits[name] for name in ("train", "validation", "test")}
+    return Source(source.classes, ordered, source.licence, source.root, source.notes)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the pixels are kept: (H, W, C), the size to resize to (None: as they are), and where."""
+
+    shape: tuple[int, int, int]
+    size: int | None
+    storage: str
+
+
+def _layout(source: Source, options: Data) -> _Layout:
+    size = options.image_size
+    native = source.splits["train"].images.shape[1:] if source.root is None else _survey(source, size is None)
+    shape = (size, size, native[2]) if size else native
+    storage = options.storage
+    for key, values in (("mean", options.mean), ("std", options.std)):
+        if isinstance(values, str):
+            continue
+        if len(values) != shape[2]:
+            raise InputError(f"data.{key} = {values}: the images have {shape[2]} channels; give one number for each")
+        if min(values) < 0 or max(values) > 1 or (key == "std" and 0 in values):
+            raise InputError(f"data.{key} = {values}: pixels are scaled to [0, 1]; give numbers in that range, std > 0")
+    if storage == "auto":
+        images = sum(len(split.labels) for split in source.splits.values())
+        storage = "memory" if source.root is None or images * int(np.prod(shape)) <= LIMIT else "stream"
+    if storage == "stream" and (source.root is None or size is None):
+        needed = "data.name: folder; use memory or auto" if source.root is None else "data.image_size; give one"
+        raise InputError(f"data.storage: stream needs {needed}")
+    return _Layout(shape, size, storage)
+
+
+def _survey(source: Source, same_size: bool) -> tuple[int, int, int]:
+    """(H, W, C) of a folder's images, from their headers: C is 1 if all are greyscale; sizes agree if `same_size`."""
+    assert source.root is not None
+    paths = [source.root / str(path) for split in source.splits.values() for path in split.images]
+    with ThreadPoolExecutor() as pool:
+        headers = [header for chunk in _mapped(pool, stream.header, paths) for header in chunk]
+    (height, width), channels = headers[0][1], max(channels for channels, _ in headers)
+    for path, (_, other) in zip(paths, headers, strict=True):
+        if same_size and other != (height, width):
+            raise InputError(
+                f"{path} is {other[1]}x{other[0]} pixels, {paths[0]} is {width}x{height}: "
+                "set data.image_size to resize all to one square"
+            )
+    return height, width, channels
+
+
+def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[str, Any]:
+    """Write every split and then data.json into `out`."""
+    height, width, channels = layout.shape
+    card: dict[str, Any] = {"format": FORMAT, "name": options.name, "classes": list(source.classes)}
+    card |= {"shape": [channels, height, width], "storage": layout.storage}
+    card["root"] = options.root if layout.storage == "stream" else None
+    card["counts"] = {name: len(split.labels) for name, split in source.splits.items()}
+    digest = hashlib.sha256()
+    tally = np.zeros((channels, 256), np.int64)
+    for name, split in source.splits.items():
+        with (out / f"{name}_labels.npy").open("wb") as file:
+            np.save(file, split.labels)
+        digest.update(split.labels.astype("<i8").tobytes())
+        (_write_images if layout.storage == "memory" else _write_files)(source, layout, name, out, digest, tally)
+        if name == "train":
+            card |= _statistics(tally, options)
+    known = ("name", "classes", "shape", "storage", "counts", "mean", "std")
+    digest.update(json.dumps([card[key] for key in known]).encode())
+    card |= {"fingerprint": digest.hexdigest(), "licence": source.licence, "notes": source.notes}
+    card["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    for path in out.iterdir():  # on the disk before data.json, which vouches for them, is
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    files.write_json(out / "data.json", card)
+    return card
+
+
+def _write_images(source: Source, layout: _Layout, name: str, out: Path, digest: Any, tally: np.ndarray) -> None:
+    split = source.splits[name]
+    form = {"descr": "|u1", "fortran_order": False, "shape": (len(split.labels), *layout.shape)}
+    with (out / f"{name}_images.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, form)
+        for pixels, _ in _chunks(source, layout, split.images):
+            content = pixels.tobytes()
+            file.write(content)
+            digest.update(content)
+            _count(pixels, tally)
+
+
+def _write_files(source: Source, layout: _Layout, name: str, out: Path, digest: Any, tally: np.ndarray) -> None:
+    """As `_write_images`, but keep only where the pixels are; each file is decoded once, to check and to measure it."""
+    split, lengths = source.splits[name], []
+    for pixels, contents in _chunks(source, layout, split.images):
+        for length, content_digest in contents:
+            lengths.append(length)
+            digest.update(content_digest)
+        _count(pixels, tally)
+    files.write_json(out / f"{name}_files.json", {"paths": split.images.tolist(), "lengths": lengths})
+
+
+def _chunks(source: Source, layout: _Layout, images: np.ndarray) -> Iterator[tuple[np.ndarray, list[tuple[int, bytes]]]]:
+    """Pixels uint8 (n, H, W, C), n <= CHUNK, at their final size; beside them each file's length and SHA-256."""
+
+    def from_file(name: Any) -> tuple[np.ndarray, tuple[int, bytes]]:
+        assert source.root is not None
+        content = (path := source.root / str(name)).read_bytes()
+        pixels = stream.decode(path, content, layout.shape[2], layout.size)
+        return pixels, (len(content), hashlib.sha256(content).digest())
+
+    with ThreadPoolExecutor() as pool:
+        if source.root is not None:
+            for chunk in _mapped(pool, from_file, images):
+                yield np.stack([pixels for pixels, _ in chunk]), [content for _, content in chunk]
+        else:
+            for chunk in _mapped(pool, lambda image: stream.resize(image, layout.size), images):
+                yield np.stack(chunk), []
+
+
+def _mapped(pool: ThreadPoolExecutor, function: Callable[[Any], Result], items: Any) -> Iterator[list[Result]]:
+    """`function` of all items, CHUNK at a time: the results of millions would not fit into memory at once."""
+    for start in range(0, len(items), CHUNK):
+        yield list(pool.map(function, items[start : start + CHUNK]))
+
+
+def _count(pixels: np.ndarray, tally: np.ndarray) -> None:
+    """Add to tally (C, 256) how often each channel has each value."""
+    for channel, row in enumerate(tally):
+        row += np.bincount(pixels[..., channel].ravel(), minlength=256)
+
+
+def _statistics(tally: np.ndarray, options: Data) -> dict[str, list[float]]:
+    """Mean and population std per channel of pixels in [0, 1]; whole numbers until the end, so the same everywhere."""
+    mean, std = [], []
+    for row in tally.tolist():
+        count = sum(row)
+        total = sum(value * times for value, times in enumerate(row))
+        squares = sum(value * value * times for value, times in enumerate(row))
+        mean.append(total / (255 * count))
+        std.append(((count * squares - total * total) / (255 * count) ** 2) ** 0.5)
+    mean = mean if options.mean == "auto" else list(options.mean)
+    std = std if options.std == "auto" else list(options.std)
+    if 0 in std:
+        raise InputError(f"data.std: channel {std.index(0)} is equal in all training pixels: give data.std as numbers")
+    return {"mean": mean, "std": std}
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put the folder `partial` in the place of `out`. Killed between the renames, no `out` is left: never a mixture."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

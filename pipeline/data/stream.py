@@ -1,0 +1,104 @@
+"""Image files as uint8 pixels: the one decoder, used when data is prepared and when a large folder is streamed.
+
+H, W: height and width in pixels, C: 1 (greyscale) or 3 (RGB) channels, B: images in a batch.
+Like torchvision's ImageFolder, decoding drops transparency and leaves EXIF rotation alone.
+"""
+
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.errors import InputError
+
+GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
+WIDE = ("I", "F")  # 32 bits a pixel: nothing says which value is white
+
+
+def header(path: Path) -> tuple[int, tuple[int, int]]:
+    """Channels (1 or 3) and (H, W) of an image file, not decoded; `InputError` names a file that is no image."""
+    try:
+        with Image.open(path) as image:
+            mode, size = image.mode, (image.height, image.width)
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise _unreadable(path, error) from None
+    if mode in WIDE:
+        raise InputError(f"{path} has 32 bits a pixel (mode {mode}): convert it to 8 or 16 bits")
+    return 1 if mode in GREY else 3, size
+
+
+def decode(path: Path, content: bytes, channels: int, size: int | None) -> np.ndarray:
+    """An image file's `content` as uint8 (H, W, C), resized to `size` x `size` if given; `path` is for messages.
+
+    16-bit greyscale keeps its upper 8 bits. Raises `InputError` when the content is truncated or no image.
+    """
+    try:
+        with Image.open(BytesIO(content)) as image:
+            image.load()
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode == "P":
+                image = image.convert("RGBA")  # Pillow's way to read a palette with transparent entries
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    return resize(pixels.reshape(*pixels.shape[:2], channels), size)
+
+
+def resize(pixels: np.ndarray, size: int | None) -> np.ndarray:
+    """uint8 (H, W, C) stretched to (`size`, `size`, C), antialiased bilinear; None leaves it as it is."""
+    if size is None or pixels.shape[:2] == (size, size):
+        return pixels
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, -1)
+
+
+class Files(Dataset[Tensor | InputError]):
+    """Batches of image files by their indices: a list of B indices gives uint8 (B, size, size, C).
+
+    A file that changed its length since it was prepared, or that no longer decodes, gives an `InputError` as a value:
+    raised in a worker process it would arrive wrapped in that worker's traceback.
+    """
+
+    def __init__(self, root: Path, paths: list[str], lengths: list[int], channels: int, size: int) -> None:
+        # arrays, not lists: reading a list's items in a forked worker would copy its memory page by page
+        self.root, self.paths, self.lengths = root, np.array(paths), np.array(lengths)
+        self.channels, self.size = channels, size
+
+    def __getitem__(self, indices: list[int]) -> Tensor | InputError:
+        try:
+            return torch.from_numpy(np.stack([self._read(index) for index in indices]))
+        except InputError as error:
+            return error
+
+    def _read(self, index: int) -> np.ndarray:
+        path = self.root / str(self.paths[index])
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if len(content) != self.lengths[index]:
+            raise InputError(f"{path} has changed since it was prepared: run `dvc repro -f prepare`")
+        return decode(path, content, self.channels, self.size)
+
+
+def read(files: Files, batches: Iterable[list[int]], workers: int, pin: bool) -> Iterator[Tensor]:
+    """For each list of indices the uint8 images (B, size, size, C), in order, decoded by `workers` processes.
+
+    Nothing here is random, so the result does not depend on `workers`. `pin` gives page-locked memory (for CUDA).
+    """
+    seedless = torch.Generator()  # its own, or DataLoader would advance torch's global generator
+    loader = DataLoader(files, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin, generator=seedless)
+    for images in loader:
+        if isinstance(images, InputError):
+            raise images
+        yield images
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be read as an image ({error}): repair it or remove it")

@@ -1,0 +1,42 @@
+"""A teacher as a hook: the network as it enters the stage teaches the one that leaves it (paper 003, chapter "with KD")."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline import hooks
+from pipeline.config import Distill
+from pipeline.overparameterize import collapse
+
+
+class Distillation(hooks.Hook):
+    """Adds weight * D(student, teacher) to the loss. It stands before the method that changes the network, so the teacher is
+    the parent; it runs in evaluation mode, without gradients."""
+
+    def __init__(self, options: Distill) -> None:
+        self.options = options
+
+    def prepare(self, run: hooks.Run) -> None:
+        self.teacher = collapse(copy.deepcopy(run.model)).eval().requires_grad_(False).to(run.device)
+
+    def penalty(self, run: hooks.Run, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher(images).float()
+        return self.options.weight * distance(logits.float(), target, self.options.loss, self.options.temperature)
+
+
+def distance(student: Tensor, teacher: Tensor, loss: str, temperature: float) -> Tensor:
+    """How far logits (B, K) are apart.
+
+    softmax_mse   mean over all elements of (softmax(s / t) - softmax(t' / t))^2: the thesis's loss as its text means it
+    logit_mse     mean over all elements of (s - t')^2
+    kl            t^2 * KL(softmax(t' / t) || softmax(s / t)), mean over images (Hinton et al.)
+    """
+    if loss == "logit_mse":
+        return F.mse_loss(student, teacher)
+    if loss == "softmax_mse":
+        return F.mse_loss((student / temperature).softmax(1), (teacher / temperature).softmax(1))
+    log_student, log_teacher = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

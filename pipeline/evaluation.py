@@ -1,0 +1,69 @@
+"""What a network achieves, and batch-norm statistics that fit its weights. Everything here runs in fp32."""
+
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from pipeline.data.batches import Batches
+from pipeline.errors import InputError
+
+
+class Score(NamedTuple):
+    """Accuracy as a fraction, and mean cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+
+
+def pick_device(wanted: str, threads: int) -> torch.device:
+    """The device for "auto", "cpu" or "cuda", with deterministic kernels and `threads` CPU threads."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("params.yaml: runtime.device = 'cuda', but torch finds no CUDA device here; use auto or cpu")
+    cuda = wanted != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches) -> Score:
+    """Accuracy and loss over all images of `batches`. Leaves the model in evaluation mode."""
+    model.eval()
+    correct, loss, count = 0.0, 0.0, 0
+    with parametrize.cached():
+        for images, labels in batches.epoch(0):
+            logits = model(images).float()
+            correct += float((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+    return Score(correct / count, loss / count)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, batches: Batches, epoch: int, limit: int = 50) -> int:
+    """Replace the running statistics of every batch norm by the mean over at most `limit` batches of the weights as they are.
+
+    Returns the number of batches used; 0 where there is no batch norm. Dropout is off and no weight changes. Surgery leaves
+    statistics of channels that no longer exist in every later layer's input, so this belongs to every surgery.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    count = min(limit, len(batches))
+    if not norms or not count:
+        return 0
+    model.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+        norm.train()
+    with parametrize.cached():
+        for images, _ in islice(batches.epoch(epoch), count):
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+    return count

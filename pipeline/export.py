@@ -1,0 +1,248 @@
+"""A trained network as one ONNX file, and the proof that the file computes what the network computes.
+
+The file takes "images", float32 (N, C, H, W), normalised as its metadata says (pixels scaled to [0, 1], then (x - mean)
+/ std), and gives "logits", float32 (N, classes), for any N. Equal weights and an equal card give equal bytes.
+"""
+
+import copy
+import io
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import files
+from pipeline.errors import InputError
+from pipeline.inference import open_session
+
+if TYPE_CHECKING:  # torch, onnx and onnxruntime are imported where they are needed: a latency needs no torch
+    import onnxruntime
+    import torch
+
+FORMAT = 1
+INPUT, OUTPUT = "images", "logits"
+STRUCTURED = ("network", "classes", "mean", "std", "shape", "lineage")  # metadata kept as JSON
+
+
+class ExportError(InputError):
+    """The ONNX file is not what was asked for, or does not compute what the network computes."""
+
+
+def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: int) -> None:
+    """Write `model` to `path` as ONNX of exactly `opset`, with what `card` says of it as metadata.
+
+    The network is exported as it computes in evaluation, in float32, and is not changed. An over-parameterised network
+    is refused: its composition would be exported too. Raises `ExportError` when the exporter gives another opset.
+    """
+    import onnx
+    import torch
+    from torch.nn.utils import parametrize
+
+    if any(parametrize.is_parametrized(module) for module in model.modules()):
+        raise InputError(f"{path}: the network is still over-parameterised: collapse it before exporting it")
+    images = torch.zeros(2, *card["input"]["shape"])  # a batch of 1 would be taken for a constant
+    with _quiet():
+        program = torch.onnx.export(
+            copy.deepcopy(model).cpu().float().eval(),
+            (images,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: "batch"},),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    _strip(proto)
+    onnx.helper.set_model_props(proto, _metadata(card))
+    found = {entry.domain: entry.version for entry in proto.opset_import}
+    if found != {"": opset}:
+        raise ExportError(f"{path}: asked for ONNX opset {opset}, the exporter gave {found}: choose an opset it supports")
+    onnx.checker.check_model(proto, full_check=True)
+    files.write_bytes(path, proto.SerializeToString(deterministic=True))
+
+
+def verify(
+    model: "torch.nn.Module",
+    path: Path,
+    batches: "Iterable[tuple[torch.Tensor, torch.Tensor]]",
+    *,
+    atol: float,
+    rtol: float,
+    threads: int = 1,
+    batch_sizes: Sequence[int] = (1, 2, 5, 32),
+) -> dict[str, float]:
+    """Prove the ONNX file at `path` against `model` on real images, in ONNX Runtime on the CPU and in torch, both
+    float32.
+
+    `batches` gives (images (N, C, H, W) normalised, labels (N,)), together the whole test split. Every batch is
+    compared, and the first images once more at each of `batch_sizes` (repeated where there are fewer). Returns
+    `test_accuracy` (of the file), `torch_test_accuracy`, `max_abs_difference` of the logits, `top1_agreement` (share of
+    all images) and `images`.
+
+    Raises `ExportError` with these figures when |ONNX - torch| > atol + rtol * |torch| for any logit of any batch.
+    Within the tolerance the first class can differ only where two logits are nearer than twice the tolerance.
+    """
+    session = open_session(path, "cpu", threads)
+    model = copy.deepcopy(model).cpu().float().eval()
+    first: list[np.ndarray] = []
+    proof = _Proof(atol, rtol)
+    for images, labels in batches:
+        pixels = np.ascontiguousarray(images.detach().cpu().float().numpy())
+        proof.add(*_answers(model, session, path, pixels), labels.detach().cpu().numpy())
+        if sum(map(len, first)) < max(batch_sizes):
+            first.append(pixels)
+    if not proof.images:
+        raise InputError(f"{path}: there are no test images to prove it on")
+    pool = np.concatenate(first)
+    for size in batch_sizes:
+        proof.add(*_answers(model, session, path, np.resize(pool, (size, *pool.shape[1:]))))
+    figures = proof.figures()
+    if proof.outside or not np.isfinite(figures["max_abs_difference"]):
+        told = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
+        raise ExportError(
+            f"{path} does not compute what the network computes: {proof.outside} logits differ by more than "
+            f"{atol:g} + {rtol:g} * |logit| ({told}); export again, or allow more in export.atol and export.rtol"
+        )
+    return figures
+
+
+def export_proven(
+    model: "torch.nn.Module",
+    card: dict[str, Any],
+    path: Path,
+    batches: "Iterable[tuple[torch.Tensor, torch.Tensor]]",
+    *,
+    opset: int,
+    atol: float,
+    rtol: float,
+    threads: int = 1,
+) -> dict[str, float]:
+    """`export`, then `verify`: only a file that has passed comes to stand at `path`. Returns the figures of
+    `verify`."""
+    unproven = path.with_name(f"unproven-{path.name}")
+    try:
+        export(model, card, unproven, opset)
+        figures = verify(model, unproven, batches, atol=atol, rtol=rtol, threads=threads)
+        unproven.replace(path)
+    finally:
+        unproven.unlink(missing_ok=True)
+    return figures
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What an exported file says of itself: "format", "network", "classes", "mean", "std", "shape", "lineage",
+    "producer".
+
+    Raises `InputError` for a file that is missing, damaged or was not exported by Winnow.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: run the stage that writes it first (`dvc repro`)") from None
+    except DecodeError as error:
+        raise InputError(f"{path} is no ONNX file ({error}): delete it and export again") from None
+    found: dict[str, Any] = {entry.key: entry.value for entry in proto.metadata_props}
+    if found.get("format") != str(FORMAT) or not found.keys() >= {*STRUCTURED, "producer"}:
+        has = ", ".join(sorted(found)) or "none"
+        raise InputError(f"{path} was not exported by Winnow (format {FORMAT}): its metadata keys are: {has}")
+    return found | {"format": FORMAT} | {key: json.loads(found[key]) for key in STRUCTURED}
+
+
+class _Proof:
+    """Counts how far two lists of logits agree."""
+
+    def __init__(self, atol: float, rtol: float) -> None:
+        self.atol, self.rtol = atol, rtol
+        self.images = self.agree = self.right = self.torch_right = self.outside = 0
+        self.largest = 0.0
+
+    def add(self, theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray | None = None) -> None:
+        """Logits (N, K) of the file and of torch; without `labels` the images are not counted a second time."""
+        gap = np.abs(theirs.astype(np.float64) - ours)
+        self.outside += int((~(gap <= self.atol + self.rtol * np.abs(ours))).sum())  # a NaN is outside
+        self.largest = float(np.maximum(self.largest, gap.max()))  # unlike max(), lets a NaN through
+        if labels is not None:
+            their_class, our_class = theirs.argmax(1), ours.argmax(1)
+            self.images += len(labels)
+            self.agree += int((their_class == our_class).sum())
+            self.right += int((their_class == labels).sum())
+            self.torch_right += int((our_class == labels).sum())
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "test_accuracy": self.right / self.images,
+            "torch_test_accuracy": self.torch_right / self.images,
+            "max_abs_difference": self.largest,
+            "top1_agreement": self.agree / self.images,
+            "images": self.images,
+        }
+
+
+def _answers(
+    model: "torch.nn.Module", session: "onnxruntime.InferenceSession", path: Path, pixels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of the file and of torch for the same images."""
+    import torch
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        ours = model(torch.from_numpy(pixels)).numpy()
+    try:
+        theirs = np.asarray(session.run(None, {session.get_inputs()[0].name: pixels})[0])
+    except Exception as error:  # ONNX Runtime's errors share no narrower base class
+        raise ExportError(f"{path} does not run on images {pixels.shape}: {' '.join(str(error).split())}") from None
+    if theirs.shape != ours.shape:
+        raise ExportError(f"{path} gives logits {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}")
+    return theirs, ours
+
+
+def _metadata(card: dict[str, Any]) -> dict[str, str]:
+    import torch
+
+    lineage = {key: _portable(card.get(key)) for key in ("stages", "channels", "commit", "data", "versions")}
+    network, entry = card["network"], card["input"]
+    values = {"network": network, "classes": card["classes"], "lineage": lineage} | {
+        key: entry[key] for key in ("mean", "std", "shape")
+    }
+    return (
+        {"format": str(FORMAT)}
+        | {key: json.dumps(values[key]) for key in STRUCTURED}
+        | {"producer": f"winnow, torch {torch.__version__}"}
+    )
+
+
+def _portable(value: Any) -> Any:
+    """`value` with every absolute path cut to its last part."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _strip(message: Any) -> None:
+    """Remove, at every depth, what the exporter says of its own work: stack traces and paths of this machine among
+    it."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in value if hasattr(value, "add") else [value]:
+                _strip(part)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's chatter and its warnings about torch's own code are of no use to the caller."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

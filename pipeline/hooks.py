@@ -1,0 +1,119 @@
+"""What a method that trains may do. Every default does nothing; the training loop calls hooks in order and names none.
+
+One stage trains in one or more rounds, each with a fresh optimiser and its learning-rate schedule from the start:
+
+    coverage                before anything: say what the method cannot treat
+    prepare                 once, before any optimiser exists: change the model
+    begin_round             before each round's optimiser exists: edit weights, or end the training
+      penalty               every step: a term added to the loss
+      after_epoch           after the epoch's validation: edit weights in place, or end the round; never after the last epoch
+    finish                  once, after the last epoch: change the model
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Fit
+from pipeline.data.batches import Batches
+
+
+class ParameterRule(NamedTuple):
+    """How the optimiser treats one parameter: its weight decay, and its learning rate as a multiple of the schedule's."""
+
+    weight_decay: float
+    lr_scale: float = 1.0
+
+
+@dataclass
+class Run:
+    """The state of one training: hooks read it, and may replace `model` in `prepare` and `finish`."""
+
+    model: nn.Module
+    fit: Fit
+    train: Batches
+    validation: Batches
+    seed: int
+    device: torch.device
+    stage: str = "train"
+    optimizer: torch.optim.Optimizer | None = None
+    rounds: list[int] = field(default_factory=list)  # planned epochs of each round
+    round: int = 0  # counted from 1; 0 before the first
+    round_epoch: int = 0  # epochs finished in this round
+    epoch: int = 0  # epochs finished in all rounds
+    lr: float = 0.0  # of the last step
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch, as in record.json
+    events: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a method cannot treat, and why
+    best: dict[str, Tensor] | None = None  # the state dict with the best validation accuracy, where fit.select asks for it
+    best_accuracy: float = -1.0
+
+    @property
+    def epochs(self) -> int:
+        """Planned epochs of all rounds."""
+        return sum(self.rounds)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        channels, height, width = self.train.prepared.shape
+        return channels, height, width
+
+    def log(self, kind: str, **facts: Any) -> None:
+        """Keep an event for the record, with the epoch after which it happened."""
+        self.events.append({"kind": kind, "epoch": self.epoch, "round": self.round, **facts})
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Random numbers that depend only on the seed, the stage, the epoch and the purpose, so that a resumed run draws
+        the same ones."""
+        return torch.Generator().manual_seed(stable_seed(self.seed, self.stage, self.round, self.epoch, purpose))
+
+
+def stable_seed(*parts: str | int) -> int:
+    """A 63-bit seed from a hash of `parts`: the same on every machine, unrelated for neighbouring parts."""
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Hook:
+    """The method that does nothing: equal training, no edits."""
+
+    def rounds(self, epochs: int) -> list[int]:
+        """Epochs of each round."""
+        return [epochs] if epochs else []
+
+    def coverage(self, model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
+        """What the method leaves untreated in `model`, and why; `InputError` where it cannot work on it at all."""
+        return []
+
+    def prepare(self, run: Run) -> None:
+        """Change `run.model` before an optimiser exists."""
+
+    def parameter_rules(self, run: Run) -> dict[nn.Parameter, ParameterRule]:
+        """Parameters that the optimiser shall not treat alike (the rest: the fit's weight decay, the schedule's rate)."""
+        return {}
+
+    def begin_round(self, run: Run) -> bool:
+        """Edit weights before a round, or shorten `run.rounds`; False ends the training."""
+        return True
+
+    def penalty(self, run: Run, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor | None:
+        """A scalar added to the loss of one step."""
+        return None
+
+    def after_epoch(self, run: Run) -> bool:
+        """Edit weights in place after an epoch and its validation; True ends the round."""
+        return False
+
+    def finish(self, run: Run) -> None:
+        """Change `run.model` after the last epoch."""
+
+    def state(self) -> dict[str, Any]:
+        """What must survive an interruption beside the model's own tensors, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""

@@ -1,0 +1,97 @@
+"""Filtering layers, their effective weights, and the small layers that surgery puts between them.
+
+A filtering layer is an `nn.Conv2d` or `nn.Linear`. Its `weight` is always the *effective* kernel: a plain parameter, or what
+a parametrisation (`torch.nn.utils.parametrize`) computes from larger tensors. Reading and assigning `layer.weight` works for
+both, so a method written on effective kernels serves expanded and plain networks alike.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+FilteringLayer = nn.Conv2d | nn.Linear
+
+
+class ChannelPad(nn.Module):
+    """Zero channels before and after: (B, C, H, W) -> (B, before + C + after, H, W). The shortcut of He et al., option A."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+    def extra_repr(self) -> str:
+        return f"{self.before}, {self.after}"
+
+
+class ChannelSelect(nn.Module):
+    """The channels at `index`, in that order: (B, C, ...) -> (B, len(index), ...)."""
+
+    index: Tensor
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
+
+    def extra_repr(self) -> str:
+        return str(len(self.index))
+
+
+def filtering_layers(model: nn.Module) -> Iterator[tuple[str, FilteringLayer]]:
+    """Every convolution and linear layer with its qualified name, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            yield name, module
+
+
+def convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    """Every convolution with its qualified name, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            yield name, module
+
+
+def expanded(layer: nn.Module) -> bool:
+    """Whether the layer's weight is computed by a parametrisation."""
+    return parametrize.is_parametrized(layer, "weight")
+
+
+@torch.no_grad()
+def edit(
+    layer: FilteringLayer, name: str, change: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Replace the effective tensor `layer.<name>` ("weight" or "bias") by `change(tensor)`, in place.
+
+    The parameters behind the tensor keep their identity, so an optimiser stays valid; an expanded layer moves its own
+    parameters as little as possible (`right_inverse`). With an `optimizer`, its running averages of this tensor's gradient
+    (SGD's momentum, Adam's first and second moment) are edited instead of the tensor: through the same linear map where the
+    layer is expanded.
+    """
+    if optimizer is None:
+        old = getattr(layer, name)
+        if parametrize.is_parametrized(layer, name):
+            setattr(layer, name, change(old.detach().clone()))
+        else:
+            old.copy_(change(old.detach().clone()))
+        return
+    if parametrize.is_parametrized(layer, name):
+        parameters: Any = layer.parametrizations[name]  # type: ignore[union-attr,index]
+        for moment in _moments(optimizer, parameters.original):
+            moment.copy_(parameters[0].solve(moment, change(parameters[0](moment))))
+    else:
+        for moment in _moments(optimizer, getattr(layer, name)):
+            moment.copy_(change(moment.clone()))
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+    state = optimizer.state.get(parameter, {})
+    return [state[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if isinstance(state.get(key), Tensor)]

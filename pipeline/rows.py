@@ -1,0 +1,160 @@
+"""What every variant costs and gains: one row a variant, its ratios to the control, and the Pareto front.
+
+A figure that was not measured is missing in a row's `values`, never zero; `Report.why_missing` says why. Ratios are
+control / variant, so that larger is better, as a speed-up is; the change of accuracy is variant - control, as a fraction.
+Over several seeds a row a variant holds the mean and the sample standard deviation (n - 1), n being `count`.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.lineage import Chain, chains
+
+ACCURACY = "accuracy_onnx"
+COSTS = ("macs", "size_mb")  # and every latency_..._p50_ms
+RATIOS = {"parameters_ratio": "parameters", "macs_ratio": "macs", "size_ratio": "size_mb"}
+SOURCES = {  # column: the stages that may hold it and its name there, the first found counts
+    "accuracy_train": [("train", "test_accuracy")],
+    "accuracy_revive": [("revive", "test_accuracy")],
+    "accuracy_compress": [("compress", "test_accuracy")],
+    "accuracy_collapse": [("collapse", "test_accuracy")],
+    ACCURACY: [("export", "test_accuracy")],
+    "parameters": [("profile", "parameters"), ("collapse", "parameters")],
+    "macs": [("profile", "macs")],
+    "size_mb": [("profile", "size_mb"), ("export", "size_mb")],
+    "peak_memory_mb": [("profile", "peak_memory_mb")],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant, or the mean of one over its seeds (`seed` None)."""
+
+    revive: str
+    compress: str
+    seed: int | None
+    values: dict[str, float]
+    control: bool
+    count: int = 1
+    spread: dict[str, float] = field(default_factory=dict)  # sample standard deviation, of a mean alone
+
+    @property
+    def name(self) -> str:
+        """restart-diet-0, or restart-diet for a mean."""
+        return "-".join((self.revive, self.compress, *([] if self.seed is None else [str(self.seed)])))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the table, the plots and the page show."""
+
+    chains: list[Chain]
+    rows: list[Row]  # a variant each
+    means: list[Row]  # over the seeds; empty where there is one seed
+    settings: list[str]  # what was timed, as "cpu_b1"
+    absent: dict[str, str]  # a provider that was asked for: why it was not measured
+
+    @property
+    def compared(self) -> list[Row]:
+        """The rows to decide by: the means where there are several seeds."""
+        return self.means or self.rows
+
+    @property
+    def costs(self) -> list[str]:
+        """The columns that accuracy is traded for, those that any row has."""
+        keys = [*COSTS, *(f"latency_{setting}_p50_ms" for setting in self.settings)]
+        return [key for key in keys if any(key in row.values for row in self.rows)]
+
+    def why_missing(self, row: Row, key: str) -> str:
+        """Why `row` has no figure in the column `key`."""
+        for provider, reason in self.absent.items():
+            if f"_{provider}_b" in key:
+                return f"not measured: provider {provider} absent ({reason})"
+        stage, _ = SOURCES.get(RATIOS.get(key, key), [("profile", key)])[0]
+        seeds = [c for c in self.chains if (c.revive, c.compress) == (row.revive, row.compress) and row.seed in (None, c.seed)]
+        without = [chain.name for chain in seeds if stage not in chain.records]
+        if without:
+            return f"not measured: no record of the stage {stage} for {', '.join(without)}"
+        return "not measured: the control has no such figure" if key in RATIOS else "not measured"
+
+
+def build(records: Iterable[dict[str, Any]]) -> Report:
+    """Rows, means and what is missing, from the records of one grid (see `lineage.select`)."""
+    found = chains(records)
+    profiles = [chain.records["profile"] for chain in found if "profile" in chain.records]
+    control = next((p["parameters"]["profile"]["control"] for p in profiles if "profile" in p["parameters"]), None)
+    plain = {chain.name: _values(chain) for chain in found}
+    rows = []
+    for chain in found:
+        beside = plain.get(f"{control}-{chain.seed}", {})
+        values = plain[chain.name] | _ratios(plain[chain.name], beside)
+        rows.append(Row(chain.revive, chain.compress, chain.seed, values, f"{chain.revive}-{chain.compress}" == control))
+    absent = {event["provider"]: event["reason"] for p in profiles for event in p["events"] if event["kind"] == "absent"}
+    keys = dict.fromkeys(key for row in rows for key in row.values)
+    settings = [key[len("latency_") : -len("_p50_ms")] for key in keys if key.startswith("latency_") and key.endswith("_p50_ms")]
+    return Report(found, rows, _means(rows), settings, absent)
+
+
+def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
+    """Whether each (cost, gain) is on the front: no other point costs at most as much and gains at least as much, and is better
+    in one of the two. Equal points are on it together; a point that lacks a coordinate is not.
+    """
+    known = [(cost, gain) for cost, gain in points if cost is not None and gain is not None]
+    best: dict[float, float] = {}  # the largest gain at each cost
+    for cost, gain in known:
+        best[cost] = max(gain, best.get(cost, gain))
+    front, highest = set(), None
+    for cost, gain in sorted(best.items()):
+        if highest is None or gain > highest:
+            front.add((cost, gain))
+            highest = gain
+    return [point in front for point in points]
+
+
+def picks(report: Report) -> dict[str, Row]:
+    """The rows a reader looks for, all on a front: "most accurate", "smallest" and "fastest"; a tie falls to the more accurate,
+    then to the smaller. A pick whose figures are missing is left out."""
+    latency = next((cost for cost in report.costs if cost.startswith("latency_cpu")), None)
+    latency = latency or next((cost for cost in report.costs if cost.startswith("latency_")), None)
+    chosen: dict[str, Row] = {}
+    for title, key, sign in (("most accurate", ACCURACY, -1), ("smallest", "size_mb", 1), ("fastest", latency, 1)):
+        known = [row for row in report.compared if key in row.values and ACCURACY in row.values]
+        if key and known:
+            rank = lambda row: (sign * row.values[key], -row.values[ACCURACY], row.values.get("size_mb", 0.0))  # noqa: B023, E731
+            chosen[title] = min(known, key=rank)
+    return chosen
+
+
+def _values(chain: Chain) -> dict[str, float]:
+    found = {}
+    for key, places in SOURCES.items():
+        known = [value for stage, name in places if (value := chain.metric(stage, name)) is not None]
+        if known:
+            found[key] = known[0]
+    timed = chain.records.get("profile", {}).get("metrics", {})
+    return found | {key: value for key, value in timed.items() if key.startswith(("latency_", "speedup_", "throughput_"))}
+
+
+def _ratios(values: dict[str, float], control: dict[str, float]) -> dict[str, float]:
+    found = {new: control[key] / values[key] for new, key in RATIOS.items() if values.get(key) and key in control}
+    if ACCURACY in values and ACCURACY in control:
+        found["accuracy_change"] = values[ACCURACY] - control[ACCURACY]
+    return found
+
+
+def _means(rows: list[Row]) -> list[Row]:
+    """Means over the seeds; a figure that any seed lacks is missing in the mean. Intervals within one run are not averaged."""
+    if len({row.seed for row in rows}) < 2:
+        return []
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.revive, row.compress), []).append(row)
+    result = []
+    for (revive, compress), group in groups.items():
+        shared = [key for key in group[0].values if "_ci_" not in key and all(key in row.values for row in group)]
+        collect: Callable[[Callable], dict[str, float]] = lambda of: {k: of([row.values[k] for row in group]) for k in shared}  # noqa: B023, E731
+        spread = collect(statistics.stdev) if len(group) > 1 else {}
+        result.append(Row(revive, compress, None, collect(statistics.fmean), group[0].control, len(group), spread))
+    return result

@@ -1,0 +1,146 @@
+"""The report's table as text: how each figure is written, Markdown, and a form for terminals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.rows import ACCURACY, Report, Row
+
+MISSING = "–"
+STAGE_COLUMNS = ("accuracy_train", "accuracy_revive", "accuracy_compress", "accuracy_collapse")
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its key in a row, its title, how it is written, and its unit where the title names none."""
+
+    key: str
+    title: str
+    form: str  # percent, points, count, millions, mb, ms or times
+
+    @property
+    def better(self) -> str:
+        """Which direction is better."""
+        return "lower" if self.form in ("count", "millions", "mb", "ms") else "higher"
+
+
+def columns(report: Report, *, stages: bool = False) -> list[Column]:
+    """The columns worth showing: what was measured for any row. `stages` adds the accuracy along the chain."""
+    along = [Column(key, f"after {key.removeprefix('accuracy_')}", "percent") for key in STAGE_COLUMNS if stages]
+    fixed = [
+        *along,
+        Column(ACCURACY, "accuracy", "percent"),
+        Column("accuracy_change", "change", "points"),
+        Column("parameters", "parameters", "count"),
+        Column("macs", "MACs", "millions"),
+        Column("size_mb", "size", "mb"),
+    ]
+    timed = []
+    for setting in report.settings:
+        device = describe_setting(setting)
+        timed.append(Column(f"latency_{setting}_p50_ms", f"latency {device}", "ms"))
+        timed.append(Column(f"speedup_{setting}", f"speed-up {device}", "times"))
+    return [*fixed, *timed]
+
+
+def describe_setting(setting: str) -> str:
+    """cpu_b32 -> CPU batch 32."""
+    provider, _, batch = setting.rpartition("_b")
+    return f"{DEVICES.get(provider, provider)} batch {batch}"
+
+
+def write_figure(value: float, form: str) -> str:
+    """A figure with its unit."""
+    if form in ("percent", "points"):
+        return f"{100 * value:+.2f} pt" if form == "points" else f"{100 * value:.2f} %"
+    if form == "count":
+        return f"{value:,.0f}"
+    if form == "times":
+        return f"{value:.2f}×"
+    digits = lambda number: f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"  # noqa: E731
+    return {"millions": lambda: f"{digits(value / 1e6)} M", "mb": lambda: f"{digits(value)} MB", "ms": lambda: f"{digits(value)} ms"}[
+        form
+    ]()
+
+
+def interval(row: Row, key: str) -> tuple[float, float] | None:
+    """The 95 % interval of a latency's median or of a speed-up, where the row has one."""
+    stem, unit = (key.removesuffix("_p50_ms"), "_ms") if key.endswith("_p50_ms") else (key, "")
+    ends = row.values.get(f"{stem}_ci_low{unit}"), row.values.get(f"{stem}_ci_high{unit}")
+    return None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+
+
+def cell(row: Row, column: Column, *, detail: bool = True) -> str:
+    """A figure with ± its standard deviation or [its interval], or the sign of a missing one."""
+    value = row.values.get(column.key)
+    if value is None:
+        return MISSING
+    text = write_figure(value, column.form)
+    if detail and row.count > 1:
+        return f"{text} ± {write_figure(row.spread[column.key], column.form).lstrip('+')}"
+    ends = interval(row, column.key)
+    if detail and ends:
+        low, high = (write_figure(end, column.form).rstrip(" ms×") for end in ends)
+        return f"{text} [{low}, {high}]"
+    return text
+
+
+def missing_notes(report: Report) -> list[str]:
+    """One line for each figure that any row lacks, and for each provider that was absent."""
+    notes = [f"{DEVICES.get(name, name)}: not measured: provider {name} absent ({why})" for name, why in report.absent.items()]
+    for column in columns(report, stages=True):
+        reasons: dict[str, list[str]] = {}
+        for row in [*report.rows, *report.means]:
+            if column.key not in row.values:
+                reasons.setdefault(report.why_missing(row, column.key), []).append(row.name)
+        notes += [f"{column.title}, {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return notes
+
+
+def markdown(report: Report) -> str:
+    """table.md: the means (with several seeds), every variant, and what was not measured."""
+    shown = columns(report, stages=True)
+    parts = [_markdown_table(report.rows, shown), EXPLANATION]
+    if report.means:
+        head = "Mean ± sample standard deviation over n seeds:"
+        parts = [head, _markdown_table(report.means, shown), "Every variant:", *parts]
+    notes = "\n".join(f"- {_plain(note)}" for note in missing_notes(report))
+    return "\n\n".join([*parts, notes] if notes else parts) + "\n"
+
+
+EXPLANATION = (
+    "Accuracy on the test split, of the ONNX file unless it says after which stage. MAC: one multiply-add counts one; for one "
+    "image. Size: of the ONNX file, 10^6 bytes. Latency: median of one call, [95 % interval]. Speed-up: median of the paired "
+    "ratios to the control, marked *, measured call by call beside it. Change: against the control of the same seed, in points."
+)
+
+
+def text(rows: Sequence[Row], shown: Sequence[Column]) -> str:
+    """The table for a terminal: one line a row, columns aligned; the control is marked *."""
+    lines = [["variant", *(column.title for column in shown)]]
+    lines += [[_name(row), *(cell(row, column, detail=row.count > 1) for column in shown)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    first = [line[0].ljust(widths[0]) for line in lines]
+    rest = ["  ".join(map(str.rjust, line[1:], widths[1:])) for line in lines]
+    return "\n".join(map("  ".join, zip(first, rest, strict=True)))
+
+
+def _markdown_table(rows: list[Row], shown: Sequence[Column]) -> str:
+    several = any(row.count > 1 for row in rows)
+    head = ["variant", *(["n"] if several else []), *(column.title for column in shown)]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows:
+        lines.append([_plain(_name(row)), *([str(row.count)] if several else []), *(cell(row, column) for column in shown)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _name(row: Row) -> str:
+    return f"{row.name} *" if row.control else row.name
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown, and HTML within it, takes literally."""
+    for sign, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", " "), ("*", "\\*"), ("_", "\\_"), ("`", "\\`")):
+        text = text.replace(sign, safe)
+    return text

@@ -1,0 +1,175 @@
+"""One training loop for every stage. What a method does beside plain training is in its hooks (pipeline/hooks.py)."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pipeline.config import Fit, Steps
+from pipeline.errors import InputError
+from pipeline.evaluation import evaluate
+from pipeline.hooks import Hook, ParameterRule, Run, stable_seed
+from pipeline.layers import convolutions, expanded
+from pipeline.progress import Progress
+from pipeline.resume import Resume
+
+CHECK_EVERY = 50  # steps between two looks at the loss: a look waits for the device
+
+
+def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.Module:
+    """Train `run.model` as its fit and its hooks say, and return the final model in evaluation mode.
+
+    With `resume`, the state is kept after every epoch: a run that was killed goes on after its last whole epoch and ends, on
+    the CPU with the same number of threads, bit for bit as an undisturbed one. `InputError` when the loss diverges.
+    """
+    torch.manual_seed(stable_seed(run.seed, run.stage, "prepare"))
+    for hook in hooks:
+        run.notes += hook.coverage(run.model, run.input_shape)
+        hook.prepare(run)
+    _place(run)
+    run.rounds = _rounds(run.fit.epochs, hooks)
+    if resume and resume.load(run, hooks):
+        run.optimizer = _optimizer(run, hooks)
+        resume.load_optimizer(run)
+    with Progress(run) as progress:
+        _train_rounds(run, hooks, resume, progress)
+    if run.best:
+        run.model.load_state_dict(run.best)
+    for hook in hooks:
+        hook.finish(run)
+    return run.model.eval()
+
+
+def _train_rounds(run: Run, hooks: Sequence[Hook], resume: Resume | None, progress: Progress) -> None:
+    run.round = max(run.round, 1)
+    while run.round <= len(run.rounds):
+        if run.round_epoch == 0:
+            if not all([hook.begin_round(run) for hook in hooks]):
+                return
+            run.optimizer = _optimizer(run, hooks)
+        while run.round_epoch < run.rounds[run.round - 1]:
+            _train_epoch(run, hooks, progress)
+            final = (run.round, run.round_epoch) == (len(run.rounds), run.rounds[-1])
+            if not final and any([hook.after_epoch(run) for hook in hooks]):
+                run.round_epoch = run.rounds[run.round - 1]
+            if resume:
+                resume.save(run, hooks)
+        run.round += 1
+        run.round_epoch = 0
+
+
+def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
+    """One pass over the training images and one over the validation images; a row of history."""
+    torch.manual_seed(stable_seed(run.seed, run.stage, "epoch", run.epoch))
+    run.model.train()
+    loss_sum, correct = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    for step, (images, labels) in enumerate(run.train.epoch(run.epoch)):
+        _set_learning_rate(run, step)
+        loss, logits = _step(run, hooks, images, labels)
+        loss_sum += loss
+        correct += (logits.argmax(1) == labels).sum()
+        if step % CHECK_EVERY == 0 or step + 1 == len(run.train):
+            _refuse_divergence(run, float(loss_sum))
+            progress.step(step, float(loss_sum) / (step + 1))
+    run.round_epoch += 1
+    run.epoch += 1
+    images_per_s = progress.images_per_s()
+    score = evaluate(run.model, run.validation)
+    row = {"epoch": run.epoch, "round": run.round, "lr": run.lr, "train_loss": float(loss_sum) / len(run.train)}
+    row |= {"train_accuracy": float(correct) / run.train.images}
+    row |= {"validation_loss": score.loss, "validation_accuracy": score.accuracy, "images_per_s": images_per_s}
+    run.history.append(row)
+    if run.fit.select == "best" and score.accuracy > run.best_accuracy:
+        run.best_accuracy = score.accuracy
+        run.best = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    progress.epoch(row)
+
+
+def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    assert run.optimizer is not None
+    # Cached: a computed weight is composed once a step, however often the layers and the penalties read it.
+    with parametrize.cached():
+        with autocast(run.device, run.fit.precision):
+            logits = run.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.fit.label_smoothing)
+        for hook in hooks:
+            penalty = hook.penalty(run, images, labels, logits)
+            loss = loss if penalty is None else loss + penalty
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+    run.optimizer.step()
+    return loss.detach(), logits.detach()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context of a forward pass: bf16 where asked, or, for "auto", where the hardware multiplies in bf16."""
+    if precision == "fp32" or (precision == "auto" and not has_bf16(device)):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16 rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def learning_rate(fit: Fit, progress: float, epochs: int) -> float:
+    """The learning rate after `progress` of `epochs` epochs of a round."""
+    if isinstance(fit.schedule, Steps):
+        return fit.lr * fit.schedule.factor ** (int(progress) // fit.schedule.every)
+    if fit.schedule == "constant":
+        return fit.lr
+    return fit.lr * 0.5 * (1 + math.cos(math.pi * progress / epochs))
+
+
+def _set_learning_rate(run: Run, step: int) -> None:
+    assert run.optimizer is not None
+    run.lr = learning_rate(run.fit, run.round_epoch + step / len(run.train), run.rounds[run.round - 1])
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.lr * group["lr_scale"]
+
+
+def _optimizer(run: Run, hooks: Sequence[Hook]) -> torch.optim.Optimizer:
+    """A fresh optimiser: one group for each rule that hooks give parameters, in the order of the model."""
+    rules: dict[nn.Parameter, ParameterRule] = {}
+    for hook in hooks:
+        rules |= hook.parameter_rules(run)
+    groups: dict[ParameterRule, list[nn.Parameter]] = {}
+    for parameter in run.model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(rules.get(parameter, ParameterRule(run.fit.weight_decay)), []).append(parameter)
+    fit = run.fit
+    grouped = [{"params": members, **rule._asdict()} for rule, members in groups.items()]
+    if fit.optimizer == "adam":
+        return torch.optim.Adam(grouped, lr=fit.lr, betas=(fit.momentum, 0.999), fused=True)
+    return torch.optim.SGD(grouped, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=True)
+
+
+def _rounds(epochs: int, hooks: Sequence[Hook]) -> list[int]:
+    plain = Hook().rounds(epochs)
+    plans = [plan for hook in hooks if (plan := hook.rounds(epochs)) != plain]
+    assert len(plans) < 2, "two hooks want rounds of their own"
+    return plans[0] if plans else plain
+
+
+def _place(run: Run) -> None:
+    """Put the model on the device; plain kernels in the memory order of the images (channels last)."""
+    run.model.to(run.device)
+    for _, layer in convolutions(run.model):
+        if not expanded(layer):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _refuse_divergence(run: Run, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"{run.stage}: the loss is {loss} in epoch {run.epoch + 1} (round {run.round}), last learning rate {run.lr:.3g}; "
+            "lower fit.lr, or train in fp32 (fit.precision)"
+        )

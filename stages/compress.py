@@ -1,0 +1,28 @@
+"""outputs/revive/REVIVE-SEED -> outputs/compress/REVIVE-COMPRESS-SEED: a smaller network, or the control at full width."""
+
+from pipeline import chain, checkpoint, methods
+from pipeline.config import lookup, read_params
+from pipeline.distillation import Distillation
+from pipeline.records import Record
+from stages import PREPARED, RESUME, folder, run
+
+
+def main(revive: str, compress: str, seed: str) -> None:
+    """Compress and train on as the block `compress.COMPRESS` says."""
+    params = read_params()
+    where, used = chain.setting(params, PREPARED, RESUME)
+    key = f"compress.{compress}"
+    options = methods.options("compress", key, lookup(params, key))
+    parent = folder("revive", revive, seed) / "model"
+    model, card = checkpoint.load(parent)
+    variant, parameters = f"{revive}-{compress}-{seed}", {"compress": options.model_dump(), **used}
+    record = Record("compress", variant, parameters, revive=revive, compress=compress, seed=int(seed))
+    # The teacher is taken before the method makes the network smaller.
+    hooks = [Distillation(options.distill)] if options.distill else []
+    hooks += [methods.load("compress", options.method).create(options)]
+    out = folder("compress", revive, compress, seed)
+    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, parent=parent, out=out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,43 @@
+"""What each method of the grid can and cannot treat in this network: outputs/coverage/coverage.json, before any training."""
+
+from typing import Any
+
+from pipeline import checkpoint, methods
+from pipeline.config import Train, Variants, lookup, parse, read_params
+from pipeline.data.batches import load
+from pipeline.errors import InputError
+from pipeline.files import write_json
+from pipeline.overparameterize import overparameterize
+from stages import PREPARED, folder, run
+
+
+def main() -> None:
+    """Ask every method about the untrained network; a method that cannot work on it stops the chain here."""
+    params = read_params()
+    data = load(PREPARED)
+    network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
+    model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
+    expansion = dict(parse("train", lookup(params, "train"), Train).overparameterize)
+    if (method := expansion.pop("method")) != "none":
+        overparameterize(model, method, **expansion)
+    variants = parse("variants", lookup(params, "variants"), Variants)
+    notes: dict[str, list[str]] = {}
+    for family, names in (("revive", variants.revive), ("compress", variants.compress)):
+        for name in names:
+            key = f"{family}.{name}"
+            notes[key] = _ask(family, key, lookup(params, key), model, data.shape)
+            print("\n".join(f"{key}: {note}" for note in notes[key] or ["treats every layer it is meant for"]))
+    write_json(folder("coverage") / "coverage.json", notes)
+    write_json(folder("coverage") / "passed.json", {"passed": True})
+
+
+def _ask(family: str, key: str, block: Any, model: Any, shape: tuple[int, int, int]) -> list[str]:
+    options = methods.options(family, key, block)
+    try:
+        return methods.load(family, options.method).create(options).coverage(model, shape)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+"""outputs/collapse/VARIANT -> outputs/export/VARIANT: the network as an ONNX file, proven on the whole test split."""
+
+import torch
+
+from pipeline.checkpoint import load
+from pipeline.config import Export, Runtime, section
+from pipeline.data.batches import Batches
+from pipeline.data.batches import load as load_data
+from pipeline.export import export_proven
+from pipeline.measure import size_mb
+from pipeline.records import Record
+from stages import PREPARED, folder, run
+
+BATCH_SIZE = 250  # of the proof: decides its memory, not its result
+
+
+def main(revive: str, compress: str, seed: str) -> None:
+    """Export one variant."""
+    options, runtime = section("export", Export), section("runtime", Runtime)
+    torch.set_num_threads(runtime.threads)
+    model, card = load(folder("collapse", revive, compress, seed) / "model")
+    test = Batches(load_data(PREPARED), "test", BATCH_SIZE, "cpu", None, False, 0, workers=runtime.workers)
+    place = folder("export", revive, compress, seed)
+    record = Record(
+        "export",
+        place.name,
+        {"export": options.model_dump()},
+        revive=revive,
+        compress=compress,
+        seed=int(seed),
+        data=card["data"],
+    )
+    path = place / "model.onnx"
+    proof = {"opset": options.opset, "atol": options.atol, "rtol": options.rtol, "threads": runtime.threads}
+    figures = export_proven(model, card, path, test.epoch(0), **proof)
+    images = figures.pop("images")
+    record.metrics |= figures | {"size_mb": size_mb(path)}
+    record.notes.append(f"proven on {images} test images and at batch sizes 1, 2, 5, 32 on the CPU")
+    record.artifacts = [path.name]
+    record.write(place)
+    print(f"{path}: {size_mb(path):.2f} MB, test accuracy {figures['test_accuracy']:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

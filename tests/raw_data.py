@@ -1,0 +1,55 @@
+"""Small raw data of each kind, written by the tests themselves."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.config import Data
+
+
+def options(name: str, root: Path | str, **changes: Any) -> Data:
+    """A section `data` with usual values."""
+    usual = {"download": False, "image_size": None, "storage": "auto", "validation": 0.2, "test": 0.25, "split_seed": 7}
+    return Data.model_validate(usual | {"name": name, "root": str(root), "mean": "auto", "std": "auto"} | changes)
+
+
+def random_npz(path: Path, **changes: Any) -> Path:
+    """A small .npz in CIFAR-10's form: 60 + 20 images, all classes."""
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 60), ("test", 20)):
+        arrays[f"{split}_images"] = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(count) % 10).astype(np.uint8)
+    np.savez(path, **{key: value for key, value in (arrays | changes).items() if value is not None})
+    return path
+
+
+def image_folder(root: Path, count: int = 6, classes: tuple[str, ...] = ("ant", "bee"), grey: bool = False) -> Path:
+    """`count` PNG images of 10x12 pixels in each class folder."""
+    draw = np.random.default_rng(len(root.parts))
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = draw.integers(0, 256, (12, 10) if grey else (12, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """The idx format: magic number with type (8: uint8) and dimensions, sizes, values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def fashion(root: Path) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    written = {}
+    for prefix, count in (("train", 40), ("t10k", 20)):
+        written[prefix] = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        raw = root / "FashionMNIST" / "raw"
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", written[prefix])
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
+    return written

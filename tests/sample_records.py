@@ -1,0 +1,140 @@
+"""Hand-made records of a whole grid, as the stages write them: plausible numbers from closed formulas, none at random."""
+
+import copy
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+REVIVE = ("finetune", "reactivate", "restart")
+COMPRESS = ("none", "diet", "dealloc")
+ACCURACY = {"finetune": 0.9805, "reactivate": 0.9861, "restart": 0.9833}
+LOSS = {"none": 0.0, "diet": 0.0139, "dealloc": 0.0028}
+KEPT = {"none": 1.0, "diet": 0.5, "dealloc": 0.8}
+LAYERS = (("conv1", 1, 32), ("conv2", 32, 32), ("conv3", 32, 64), ("fc1", 256, 64), ("fc2", 64, 10))
+HARDWARE = {
+    "cpu": {"name": "Sample CPU", "logical_cores": 4, "physical_cores": 2, "usable_cores": 2, "instructions": ["avx2"]},
+    "memory_gib": 16,
+    "system": "Linux 6.1 x86_64",
+    "python": "3.11.9",
+    "gpus": [],
+    "packages": {"torch": "2.14.1", "onnxruntime-gpu": "1.31.1"},
+}
+FIT = {"epochs": 6, "batch_size": 64, "optimizer": "sgd", "lr": 0.05, "schedule": {"every": 2, "factor": 0.5}}
+
+
+def record(stage: str, variant: str, **fields: Any) -> dict[str, Any]:
+    """One record, complete, `fields` replacing what is usual."""
+    usual: dict[str, Any] = {"format": 1, "stage": stage, "variant": variant, "revive": None, "compress": None, "seed": None}
+    usual |= {"parameters": {}, "metrics": {}, "history": [], "events": [], "layers": [], "notes": [], "artifacts": []}
+    usual |= {"data": "7a4f1e94" * 8, "started": "2026-11-21T11:30:00+00:00", "seconds": 12.5, "hardware": HARDWARE}
+    usual |= {"versions": {"torch": "2.14.1"}, "commit": "0123456789abcdef0123456789abcdef01234567"}
+    return copy.deepcopy(usual | fields)
+
+
+def grid(seeds: tuple[int, ...] = (0, 1), revive: tuple[str, ...] = REVIVE, compress: tuple[str, ...] = COMPRESS) -> list[dict]:
+    """The records of revive x compress x seeds; CUDA was asked for and absent; `finetune-none` is the control."""
+    data = {"data": {"name": "digits", "image_size": 16, "mean": "auto"}}
+    images = {"train_images": 1222, "validation_images": 216, "test_images": 359, "classes": 10}
+    made = [record("prepare", "data", parameters=data, metrics=images)]
+    for seed in seeds:
+        model = {"model": {"name": "cifar_quick", "width": 1.0}}
+        own = {"overparameterize": {"method": "kflo", "depth": 2}, "fit": FIT}
+        made.append(_trained("train", f"{seed}", 0.975 + 0.001 * seed, 1.0, model | {"train": own}, 250_000, seed=seed))
+        for one in revive:
+            options = {"revive": {"method": one, "alpha": 0.2, "fit": FIT}}
+            event = {"kind": "restart", "epoch": 2, "round": 1, "filters": 41, "layers": [{"name": "conv1", "filters": 9}]}
+            revived = _trained("revive", f"{one}-{seed}", _accuracy(one, "none", seed), 1.0, options, 250_000, revive=one, seed=seed)
+            made.append(revived | {"events": [event] if one != "finetune" else []})
+            for two in compress:
+                made += variant(one, two, seed)
+    return made
+
+
+def variant(revive: str, compress: str, seed: int) -> list[dict[str, Any]]:
+    """The four records that belong to one variant alone."""
+    kept, accuracy = KEPT.get(compress, 0.7), _accuracy(revive, compress, seed)
+    identity = {"revive": revive, "compress": compress, "seed": seed}
+    name, parameters = f"{revive}-{compress}-{seed}", int(77_098 * kept**1.8)
+    options = {"compress": {"method": compress, "groups": 2, "protect": ["fc1", "fc2"], "fit": FIT}, "runtime": {"threads": 2}}
+    compressed = _trained("compress", name, accuracy, kept, options, 3 * parameters, **identity)
+    compressed["notes"] = [f"{compress} leaves fc2: the network's output"]
+    before = {"kind": "batchnorm", "epoch": 0, "round": 0, "validation_accuracy_before": 0.31, "validation_accuracy_after": 0.94}
+    compressed["events"] = [before] if compress != "none" else []
+    proof = {"test_accuracy": accuracy, "max_abs_difference": 3.1e-6, "top1_agreement": 1.0}
+    collapsed = record("collapse", name, metrics=proof | {"parameters": parameters}, layers=_layers(kept), **identity)
+    collapsed["artifacts"] = compressed["artifacts"]
+    exported = proof | {"torch_test_accuracy": accuracy, "size_mb": parameters * 4 / 1e6 + 0.012, "max_abs_difference": 9.5e-7}
+    export = record("export", name, parameters={"export": {"opset": 20}}, metrics=exported, artifacts=["model.onnx"], **identity)
+    asked = {"control": "finetune-none", "providers": ["cuda", "cpu"], "threads": 1, "batch_sizes": [1, 32]}
+    counts = {"parameters": parameters, "macs": int(2_984_576 * kept**1.9), "size_mb": exported["size_mb"], "peak_memory_mb": 61.5}
+    absent = {"kind": "absent", "provider": "cuda", "reason": "onnxruntime finds no CUDA device"}
+    profile = record("profile", name, parameters={"profile": asked}, metrics=counts | _latencies(kept, seed), **identity)
+    profile |= {"events": [absent], "notes": ["cuda was not measured: onnxruntime finds no CUDA device"]}
+    return [compressed, collapsed, export, profile]
+
+
+def write(records: list[dict[str, Any]], root: Path) -> None:
+    """The folders of `records` below `root`, with real, tiny files in the place of the models."""
+    for entry in records:
+        shared = entry["stage"] == "prepare"
+        folder = root / entry["stage"] / ("" if shared else entry["variant"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "record.json").write_text(json.dumps(entry, indent=1))
+        for name in entry["artifacts"]:
+            (folder / name).parent.mkdir(exist_ok=True)
+            content = onnx_bytes() if name.endswith(".onnx") else hashlib.sha256(f"{entry['variant']}".encode()).digest() * 8
+            (folder / name).write_bytes(content)
+
+
+def onnx_bytes() -> bytes:
+    """A network of one linear layer on 1 x 4 x 4 images, with three classes and the metadata of an exported model."""
+    import numpy as np
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    weight = numpy_helper.from_array((np.arange(48, dtype=np.float32).reshape(16, 3) % 7 - 3) / 5, "weight")
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, 4, 4])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
+    nodes = [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["logits"])]
+    graph = helper.make_graph(nodes, "sample", [images], [logits], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(model, {"mean": "[0.25]", "std": "[0.5]", "classes": '["zero", "one", "two"]', "shape": "[1, 4, 4]"})
+    checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _accuracy(revive: str, compress: str, seed: int) -> float:
+    return ACCURACY.get(revive, 0.97) - LOSS.get(compress, 0.02) + 0.0028 * seed
+
+
+def _trained(stage: str, name: str, accuracy: float, kept: float, parameters: dict, count: int, **identity: Any) -> dict:
+    history = []
+    for epoch in range(1, 7):
+        loss = 1.6 * math.exp(-0.6 * epoch) + 0.05
+        row = {"epoch": epoch, "round": 1, "lr": 0.05 / epoch, "train_loss": loss, "train_accuracy": 1 - 0.4 * loss}
+        history.append(row | {"validation_loss": loss + 0.03, "validation_accuracy": 1 - 0.45 * loss, "images_per_s": 900.0})
+    metrics = {"test_accuracy": accuracy, "test_loss": 0.07, "validation_accuracy": accuracy - 0.003, "parameters": count}
+    made = record(stage, name, parameters=parameters, metrics=metrics, history=history, layers=_layers(kept), **identity)
+    return made | {"artifacts": ["model/model.safetensors", "model/model.json"]}
+
+
+def _layers(kept: float) -> list[dict[str, Any]]:
+    rows = []
+    for name, inputs, outputs in LAYERS:
+        new_in, new_out = (inputs if inputs == 1 else int(inputs * kept)), (outputs if outputs == 10 else int(outputs * kept))
+        row = {"name": name, "type": "Linear" if name.startswith("fc") else "Conv2d", "inputs": new_in, "outputs": new_out}
+        rows.append(row | {"full_inputs": inputs, "full_outputs": outputs})
+    return rows
+
+
+def _latencies(kept: float, seed: int) -> dict[str, float]:
+    found = {}
+    for batch, base in ((1, 0.21), (32, 4.4)):
+        p50, ratio = base * (0.2 + 0.8 * kept) * (1 + 0.01 * seed), 1 / (0.2 + 0.8 * kept)
+        key = f"cpu_b{batch}"
+        found |= {f"latency_{key}_p50_ms": p50, f"latency_{key}_p90_ms": p50 * 1.1, f"latency_{key}_p99_ms": p50 * 1.4}
+        found |= {f"latency_{key}_ci_low_ms": p50 * 0.98, f"latency_{key}_ci_high_ms": p50 * 1.02}
+        found |= {f"throughput_{key}_images_per_s": 1000 * batch / p50, f"speedup_{key}": ratio}
+        found |= {f"speedup_{key}_ci_low": ratio * 0.97, f"speedup_{key}_ci_high": ratio * 1.03}
+    return found

@@ -1,0 +1,276 @@
+"""The zoo against published counts, torchvision's networks and hand-written formulas; its laws over every network."""
+
+import operator
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import methods, models
+from pipeline.errors import InputError
+from pipeline.models.resnet import Block
+
+# One or more ways to build each network; a network without an entry fails `test_every_network_is_tested`.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("cifar_quick", {}),
+    ("mininet", {"dropout": 0.5}),
+    ("resnet", {"depth": 8}),
+    ("resnet18", {"stem": "imagenet"}),
+    ("resnet18", {"stem": "cifar"}),
+    ("vgg16_bn", {"dropout": 0.5}),
+]
+SMALLEST = {"cifar_quick": 15, "mininet": 63, "resnet": 1, "resnet18": 1, "vgg16_bn": 32}
+every_network = pytest.mark.parametrize(("name", "arguments"), CASES)
+
+
+def on_meta(name: str, size: int, channels: int = 3, classes: int = 10, **arguments: Any) -> nn.Module:
+    """The network without memory behind its tensors: shapes and counts are free."""
+    with torch.device("meta"):
+        return models.build(name, input_shape=(channels, size, size), classes=classes, **arguments).eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def randomise_batchnorm(model: nn.Module) -> None:
+    """Statistics and affine parameters that no default could pass for."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                assert tensor is not None
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                assert tensor is not None
+                nn.init.uniform_(tensor, -0.5, 0.5)
+
+
+def test_every_network_is_tested() -> None:
+    assert methods.names("models") == sorted({name for name, _ in CASES}) == sorted(SMALLEST)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size", "classes", "count"),
+    [
+        ("cifar_quick", {}, 32, 10, 117_034),
+        ("cifar_quick", {}, 32, 100, 122_884),
+        ("mininet", {"dropout": 0.5}, 224, 10, 1_322_058),
+        ("resnet", {"depth": 32}, 32, 10, 464_154),
+        ("resnet", {"depth": 110}, 32, 10, 1_727_962),
+        ("resnet18", {"stem": "imagenet"}, 224, 10, 11_181_642),
+        ("resnet18", {"stem": "imagenet"}, 224, 200, 11_279_112),
+        ("resnet18", {"stem": "cifar"}, 64, 200, 11_271_432),
+        ("vgg16_bn", {"dropout": 0.5}, 224, 10, 134_309_962),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(
+    name: str, arguments: dict[str, Any], size: int, classes: int, count: int
+) -> None:
+    assert parameters(on_meta(name, size, classes=classes, **arguments)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size", "classes", "mega"),
+    [
+        ("cifar_quick", {}, 32, 10, "10.8"),
+        ("resnet", {"depth": 32}, 32, 10, "68.9"),
+        ("resnet", {"depth": 110}, 32, 10, "252.9"),
+        ("resnet18", {"stem": "imagenet"}, 224, 10, "1814"),
+        ("resnet18", {"stem": "cifar"}, 64, 200, "2222"),
+        ("vgg16_bn", {"dropout": 0.5}, 224, 10, "15466"),
+    ],
+)
+def test_multiply_adds_are_the_published_ones(name: str, arguments: dict[str, Any], size: int, classes: int, mega: str) -> None:
+    model = on_meta(name, size, classes=classes, **arguments)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        model(torch.empty(1, 3, size, size))
+    digits = len(mega.partition(".")[2])
+    assert f"{counter.get_total_flops() / 2e6:.{digits}f}" == mega  # counts convolutions and linear layers, a MAC as two
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("resnet18", {"stem": "imagenet"}), ("vgg16_bn", {"dropout": 0.5})])
+def test_torchvision_weights_give_torchvision_outputs(name: str, arguments: dict[str, Any]) -> None:
+    import torchvision
+
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(num_classes=7).eval()
+    theirs.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for tensor in theirs.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.normal_(std=0.03)
+    randomise_batchnorm(theirs)
+    ours = on_meta(name, 64, classes=7, **arguments)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, actual = theirs(x), ours(x)
+    assert (expected[0] - expected[1]).abs().min() > 1e-3  # the outputs depend on the image
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_resnet_block_is_the_published_equation() -> None:
+    torch.manual_seed(0)
+    block = Block(8, 16, halve=True).eval()
+    randomise_batchnorm(block)
+    x = torch.randn(3, 8, 7, 9)
+    w1, w2 = block.conv1.weight, block.conv2.weight
+    with torch.no_grad():
+        y = F.conv2d(F.relu(normalise(F.conv2d(x, w1, stride=2, padding=1), block.bn1)), w2, padding=1)
+        shortcut = torch.zeros(3, 16, 4, 5)
+        for i in range(4):
+            for j in range(5):
+                shortcut[:, 4:12, i, j] = x[:, :, 2 * i, 2 * j]  # 16 channels: 4 of zeros, 8 of x, 4 of zeros
+        torch.testing.assert_close(block(x), F.relu(normalise(y, block.bn2) + shortcut), rtol=1e-5, atol=1e-5)
+
+
+def normalise(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+    """Ioffe and Szegedy 2015, algorithm 2."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+    return x * scale[:, None, None] + (bn.bias - bn.running_mean * scale)[:, None, None]
+
+
+@pytest.mark.parametrize("name", ["resnet", "resnet18", "vgg16_bn"])
+def test_convolutions_start_as_he_et_al_draw_them(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.build(name, input_shape=(3, 32, 32), classes=10, **dict(CASES)[name])
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 2000]
+    assert len(convolutions) > 5
+    for conv in convolutions:
+        assert (conv.bias is None) == (name != "vgg16_bn") and (conv.bias is None or not conv.bias.any())
+        std = (2 / (conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1])) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(std, rel=0.08)  # five standard errors of 2000 draws
+    if name == "vgg16_bn":  # torchvision's linear layers: N(0, 0.01)
+        hidden = model.get_submodule("classifier.3")
+        assert isinstance(hidden, nn.Linear) and not hidden.bias.any()
+        assert hidden.weight.std().item() == pytest.approx(0.01, rel=0.01)
+
+
+@every_network
+def test_output_shape_follows_any_image_size_and_channel_count(name: str, arguments: dict[str, Any]) -> None:
+    low = SMALLEST[name]
+    for channels, height, width in [(1, low, low), (1, low + 1, low + 40), (2, low + 17, low), (3, 224, 224)]:
+        with torch.device("meta"):
+            model = models.build(name, input_shape=(channels, height, width), classes=5, **arguments).eval()
+            assert model(torch.empty(4, channels, height, width)).shape == (4, 5)
+
+
+@every_network
+def test_smallest_image_is_the_limit(name: str, arguments: dict[str, Any]) -> None:
+    low = SMALLEST[name]
+    for shape in [(3, low - 1, low), (3, low, low - 1)]:
+        named = f"too small; the smallest are {low}x{low}" if low > 1 else "must be at least 1"
+        with pytest.raises(InputError, match=f"{name}: .*{named}"):
+            models.build(name, input_shape=shape, classes=10, **arguments)
+    if low > 1:  # the layers themselves cannot do with less
+        model = on_meta(name, low, **arguments)
+        with pytest.raises(RuntimeError, match="too small"):
+            model(torch.empty(1, 3, low - 1, low - 1, device="meta"))
+
+
+class LayerTracer(torch.fx.Tracer):
+    """Looks into no module that holds no others, our own included."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not list(m.children())
+
+
+@every_network
+def test_fx_traces_each_layer_once_and_out_of_place(name: str, arguments: dict[str, Any]) -> None:
+    """What surgery relies on."""
+    model = on_meta(name, max(SMALLEST[name], 20), **arguments)
+    graph = LayerTracer().trace(model)
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    leaves = {path for path, module in model.named_modules() if not list(module.children())}
+    assert calls == Counter(leaves)
+    assert not any(getattr(module, "inplace", False) for module in model.modules())
+    functions = {node.target for node in graph.nodes if node.op in ("call_function", "call_method")}
+    assert functions <= {operator.add, operator.getitem}
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES[:-1])  # VGG's 134 million weights take too long
+def test_traced_network_computes_the_same(name: str, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    size = max(SMALLEST[name], 20)
+    model = models.build(name, input_shape=(3, size, size), classes=10, **arguments).eval()
+    randomise_batchnorm(model)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x), rtol=0, atol=0)
+
+
+@every_network
+def test_every_parameter_gets_a_gradient(name: str, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    size = max(SMALLEST[name], 20)
+    model = models.build(name, input_shape=(3, size, size), classes=10, **arguments)
+    F.cross_entropy(model(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 3])).backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None, path
+        assert 0 < parameter.grad.norm().item() < float("inf"), path
+
+
+@every_network
+def test_options_are_the_arguments_of_build(name: str, arguments: dict[str, Any]) -> None:
+    section = methods.options("models", "model", {"name": name, **arguments}, by="name")
+    assert section.model_dump() == {"name": name, **arguments}
+    with pytest.raises(InputError, match=r"model\.width is not a parameter"):
+        models.build(name, input_shape=(3, 224, 224), classes=10, **arguments, width=2)
+    for missing in arguments:
+        rest = {key: value for key, value in arguments.items() if key != missing}
+        with pytest.raises(InputError, match=rf"model\.{missing} is missing"):
+            models.build(name, input_shape=(3, 224, 224), classes=10, **rest)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "", "../config", "__init__", "Resnet"])
+def test_unknown_network_is_refused_with_the_list(name: str) -> None:
+    with pytest.raises(InputError) as error:
+        models.build(name, input_shape=(3, 32, 32), classes=10)
+    assert repr(name) in str(error.value) and ", ".join(sorted(SMALLEST)) in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [-4, 0, 2, 7, 18, 33, 111])
+def test_depth_other_than_6n_plus_2_is_refused(depth: int) -> None:
+    from pipeline.models import resnet
+
+    with pytest.raises(InputError, match=rf"model\.depth = {depth}: must be 6n \+ 2"):
+        models.build("resnet", input_shape=(3, 32, 32), classes=10, depth=depth)
+    with pytest.raises(InputError, match=rf"depth {depth} must be 6n \+ 2"):
+        resnet.build(input_shape=(3, 32, 32), classes=10, depth=depth)
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 56])
+def test_resnet_has_as_many_layers_as_its_depth(depth: int) -> None:
+    layers = [m for m in on_meta("resnet", 32, depth=depth).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == depth
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "key"),
+    [
+        ("mininet", {"dropout": 1.0}, "dropout"),
+        ("vgg16_bn", {"dropout": -0.1}, "dropout"),
+        ("resnet18", {"stem": "tiny"}, "stem"),
+        ("resnet", {"depth": "32"}, "depth"),
+    ],
+)
+def test_values_that_are_not_allowed_are_refused_by_key(name: str, arguments: dict[str, Any], key: str) -> None:
+    with pytest.raises(InputError, match=rf"model\.{key} = "):
+        models.build(name, input_shape=(3, 224, 224), classes=10, **arguments)
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((0, 32, 32), 10), ((3, 32, 32), 0), ((3, -1, 32), 10), ((32, 32), 10)])
+def test_impossible_shapes_are_refused(shape: Any, classes: int) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        models.build("resnet", input_shape=shape, classes=classes, depth=8)
+
+
+@pytest.mark.parametrize("name", ["mininet", "vgg16_bn"])
+def test_dropout_is_the_one_asked_for(name: str) -> None:
+    rates = [m.p for m in on_meta(name, 64, dropout=0.3).modules() if isinstance(m, nn.Dropout)]
+    assert rates == [0.3] * (1 if name == "mininet" else 2)
