@@ -93,7 +93,8 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, x_factor: float
     corners = [(x.at(a), y.at(b)) for a, b in front]
     steps = [*corners[:1], *(corner for one, two in pairwise(corners) for corner in ((two[0], one[1]), two))]
     body.append(f'<path class="front" d="{_path(steps)}"/>')
-    placed: list[tuple[float, float, float]] = []
+    spots = [(x.at(point.x / x_factor), y.at(100 * point.y)) for point in points]
+    placed = [(left - 9, top + 4, left + 9) for left, top in spots]  # no label on a marker
     labels = []
     for point in sorted(points, key=lambda point: not point.front):
         left, top = x.at(point.x / x_factor), y.at(100 * point.y)
@@ -180,7 +181,7 @@ def _mark(point: Point, left: float, top: float, ends: tuple[float, float]) -> s
 def _label(name: str, left: float, top: float, placed: list[tuple[float, float, float]]) -> list[str]:
     """The name beside a marker, at the first of four places that is free, or nowhere."""
     width = 7.2 * len(name)
-    for dx, dy in ((12, 5), (12, 20), (-12 - width, 5), (12, -10)):
+    for dx, dy in ((12, -8), (-12 - width, -8), (12, 20), (-12 - width, 20)):
         x, y = left + dx, top + dy
         clear = all(abs(y - other) > 15 or x > end or x + width < start for start, other, end in placed)
         if clear and LEFT < x and x + width < WIDTH and y > TOP:

@@ -5,11 +5,9 @@ The file takes "images", float32 (N, C, H, W), normalised as its metadata says (
 """
 
 import copy
-import io
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +43,8 @@ def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: in
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise InputError(f"{path}: the network is still over-parameterised: collapse it before exporting it")
     images = torch.zeros(2, *card["input"]["shape"])  # a batch of 1 would be taken for a constant
-    with _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own code
         program = torch.onnx.export(
             copy.deepcopy(model).cpu().float().eval(),
             (images,),
@@ -63,7 +62,9 @@ def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: in
     onnx.helper.set_model_props(proto, _metadata(card))
     found = {entry.domain: entry.version for entry in proto.opset_import}
     if found != {"": opset}:
-        raise ExportError(f"{path}: asked for ONNX opset {opset}, the exporter gave {found}: choose an opset it supports")
+        raise ExportError(
+            f"{path}: asked for ONNX opset {opset}, the exporter gave {found}: choose an opset it supports"
+        )
     onnx.checker.check_model(proto, full_check=True)
     files.write_bytes(path, proto.SerializeToString(deterministic=True))
 
@@ -104,7 +105,7 @@ def verify(
     for size in batch_sizes:
         proof.add(*_answers(model, session, path, np.resize(pool, (size, *pool.shape[1:]))))
     figures = proof.figures()
-    if proof.outside or not np.isfinite(figures["max_abs_difference"]):
+    if proof.outside:
         told = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
         raise ExportError(
             f"{path} does not compute what the network computes: {proof.outside} logits differ by more than "
@@ -201,7 +202,9 @@ def _answers(
     except Exception as error:  # ONNX Runtime's errors share no narrower base class
         raise ExportError(f"{path} does not run on images {pixels.shape}: {' '.join(str(error).split())}") from None
     if theirs.shape != ours.shape:
-        raise ExportError(f"{path} gives logits {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}")
+        raise ExportError(
+            f"{path} gives logits {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}"
+        )
     return theirs, ours
 
 
@@ -238,11 +241,3 @@ def _strip(message: Any) -> None:
         elif field.message_type is not None:
             for part in value if hasattr(value, "add") else [value]:
                 _strip(part)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's chatter and its warnings about torch's own code are of no use to the caller."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

@@ -8,20 +8,17 @@ from pipeline.rows import ACCURACY, Report, Row
 MISSING = "–"
 STAGE_COLUMNS = ("accuracy_train", "accuracy_revive", "accuracy_compress", "accuracy_collapse")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+UNITS = {"percent": " %", "points": " pt", "count": "", "millions": " M", "mb": " MB", "ms": " ms", "times": "×"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its key in a row, its title, how it is written, and its unit where the title names none."""
+    """A column of the table: its key in a row, its title, how it is written."""
 
     key: str
     title: str
-    form: str  # percent, points, count, millions, mb, ms or times
-
-    @property
-    def better(self) -> str:
-        """Which direction is better."""
-        return "lower" if self.form in ("count", "millions", "mb", "ms") else "higher"
+    form: str  # one of UNITS
+    short: str = ""  # a title for terminals
 
 
 def columns(report: Report, *, stages: bool = False) -> list[Column]:
@@ -38,8 +35,8 @@ def columns(report: Report, *, stages: bool = False) -> list[Column]:
     timed = []
     for setting in report.settings:
         device = describe_setting(setting)
-        timed.append(Column(f"latency_{setting}_p50_ms", f"latency {device}", "ms"))
-        timed.append(Column(f"speedup_{setting}", f"speed-up {device}", "times"))
+        timed.append(Column(f"latency_{setting}_p50_ms", f"latency {device}", "ms", device.replace("batch ", "b")))
+        timed.append(Column(f"speedup_{setting}", f"speed-up {device}", "times", "speed-up"))
     return [*fixed, *timed]
 
 
@@ -49,18 +46,22 @@ def describe_setting(setting: str) -> str:
     return f"{DEVICES.get(provider, provider)} batch {batch}"
 
 
-def write_figure(value: float, form: str) -> str:
-    """A figure with its unit."""
-    if form in ("percent", "points"):
-        return f"{100 * value:+.2f} pt" if form == "points" else f"{100 * value:.2f} %"
-    if form == "count":
-        return f"{value:,.0f}"
-    if form == "times":
-        return f"{value:.2f}×"
-    digits = lambda number: f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"  # noqa: E731
-    return {"millions": lambda: f"{digits(value / 1e6)} M", "mb": lambda: f"{digits(value)} MB", "ms": lambda: f"{digits(value)} ms"}[
-        form
-    ]()
+def write_figure(value: float, form: str, *, unit: bool = True) -> str:
+    """A figure, with its unit or without: three digits where it is a measurement."""
+    number = {
+        "percent": lambda: f"{100 * value:.2f}",
+        "points": lambda: f"{round(100 * value, 2) + 0.0:+.2f}",  # + 0.0: no -0.00
+        "count": lambda: f"{value:,.0f}",
+        "millions": lambda: _digits(value / 1e6),
+        "mb": lambda: _digits(value),
+        "ms": lambda: _digits(value),
+        "times": lambda: f"{value:.2f}",
+    }[form]()
+    return number + UNITS[form] if unit else number
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".removesuffix(".")
 
 
 def interval(row: Row, key: str) -> tuple[float, float] | None:
@@ -75,14 +76,20 @@ def cell(row: Row, column: Column, *, detail: bool = True) -> str:
     value = row.values.get(column.key)
     if value is None:
         return MISSING
-    text = write_figure(value, column.form)
-    if detail and row.count > 1:
-        return f"{text} ± {write_figure(row.spread[column.key], column.form).lstrip('+')}"
-    ends = interval(row, column.key)
-    if detail and ends:
-        low, high = (write_figure(end, column.form).rstrip(" ms×") for end in ends)
-        return f"{text} [{low}, {high}]"
-    return text
+    shown = write_figure(value, column.form)
+    if detail and row.spread.get(column.key, 0.0) > 1e-9 * abs(value):
+        return f"{shown} ± {_spread(row.spread[column.key], column.form)}"
+    if detail and (ends := interval(row, column.key)):
+        return f"{shown} [{', '.join(write_figure(end, column.form, unit=False) for end in ends)}]"
+    return shown
+
+
+def _spread(value: float, form: str) -> str:
+    """A standard deviation in the unit of its figure: two digits, and no fewer decimals than the figure has."""
+    if form in ("percent", "points", "times"):
+        return write_figure(value, form, unit=False).lstrip("+")
+    value = value / 1e6 if form == "millions" else value
+    return f"{value:,.0f}" if form == "count" or value >= 100 else f"{value:#.2g}".removesuffix(".")
 
 
 def missing_notes(report: Report) -> list[str]:
@@ -117,8 +124,10 @@ EXPLANATION = (
 
 def text(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     """The table for a terminal: one line a row, columns aligned; the control is marked *."""
-    lines = [["variant", *(column.title for column in shown)]]
-    lines += [[_name(row), *(cell(row, column, detail=row.count > 1) for column in shown)] for row in rows]
+    several = any(row.count > 1 for row in rows)
+    count = lambda text: [text] if several else []  # noqa: E731
+    lines = [["variant", *count("n"), *(column.short or column.title for column in shown)]]
+    lines += [[_name(row), *count(str(row.count)), *(cell(row, column, detail=row.count > 1) for column in shown)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     first = [line[0].ljust(widths[0]) for line in lines]

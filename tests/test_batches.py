@@ -82,9 +82,7 @@ def test_without_shuffling_all_images_come_in_order_normalised(prepared: Prepare
     assert [len(batch) for batch, _ in found] == [7, 7, 7, 3] and len(batches) == 4 and batches.images == 24
     memory = torch.channels_last if channels_last else torch.contiguous_format
     assert all(batch.is_contiguous(memory_format=memory) and batch.dtype == torch.float32 for batch, _ in found)
-    torch.testing.assert_close(
-        torch.cat([batch for batch, _ in found]).double(), (images / 255 - mean) / std, atol=1e-6, rtol=1e-6
-    )
+    torch.testing.assert_close(torch.cat([batch for batch, _ in found]).double(), (images / 255 - mean) / std, atol=1e-6, rtol=1e-6)
     assert torch.equal(torch.cat([kinds for _, kinds in found]), labels)
 
 
@@ -222,6 +220,7 @@ def test_a_reflection_wider_than_the_image_is_refused(prepared: Prepared) -> Non
         Batches(prepared, "train", 16, "cpu", Augment(pad=8, pad_mode="reflect", flip=False), True, 0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_a_gpu_equal_those_on_a_cpu(square: Prepared) -> None:
     cpu, gpu = (Batches(square, "train", 16, device, CROP, True, 0) for device in ("cpu", "cuda"))

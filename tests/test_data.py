@@ -142,7 +142,7 @@ def test_the_fingerprint_follows_content_not_time_or_place(tmp_path: Path) -> No
     for storage in ("memory", "stream"):
         shutil.rmtree(tmp_path / "raw", ignore_errors=True)
         root = image_folder(tmp_path / "raw")
-        how: dict[str, Any] = {"image_size": 8, "storage": storage}
+        how: dict[str, Any] = {"image_size": 8, "storage": storage, "mean": [0.5] * 3, "std": [0.5] * 3}
         first = prepare(options("folder", root, **how), tmp_path / "a")["fingerprint"]
         shutil.copytree(root, tmp_path / storage / "elsewhere")
         for path in root.rglob("*.png"):

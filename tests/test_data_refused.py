@@ -238,8 +238,10 @@ def test_a_write_killed_anywhere_leaves_no_loadable_mixture(tmp_path: Path) -> N
             except InputError:
                 outcomes.add("refused")
             assert outcomes <= {old, new, "refused"}
+            (tmp_path / ".out.partial").mkdir(exist_ok=True)
+            (tmp_path / ".out.partial/stray").touch()
             prepare(options("cifar10", npz, split_seed=1), out)
-            assert load(out).fingerprint == new
+            assert load(out).fingerprint == new and not (out / "stray").exists()
             assert sorted(path.name for path in tmp_path.iterdir()) == ["c.npz", "out"]
     assert outcomes == {old, new, "refused"}
 

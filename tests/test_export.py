@@ -253,7 +253,19 @@ def test_missing_truncated_and_foreign_files_are_named(one: tuple[nn.Module, Pat
             read(tmp_path / "absent.onnx")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: the provider is not absent")
-def test_cuda_is_absent_here_and_never_replaced(one: tuple[nn.Module, Path]) -> None:
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: the provider is not absent")
+
+
+@no_gpu
+def test_cuda_is_absent_here_and_the_reason_is_told(one: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(AbsentProvider, match="driver"):
+        open_session(one[1], "cuda")
+
+
+@no_gpu
+def test_session_that_fell_back_to_the_cpu_is_not_taken(
+    one: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.inference._require_cuda", lambda _: None)  # as where a driver is but no CUDA library
     with pytest.raises(AbsentProvider):
         open_session(one[1], "cuda")

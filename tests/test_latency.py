@@ -117,11 +117,11 @@ def test_common_disturbance_leaves_the_paired_ratio_alone() -> None:
 def test_noise_is_the_width_of_the_interval_or_the_drift_of_the_worse_network() -> None:
     quiet = np.tile([1.0, 1.01], 50)
     wide = np.random.default_rng(3).permutation(np.arange(1, 101, dtype=float))
-    drifting = np.repeat([1.0, 2.0], 50)
+    drifting = np.concatenate([np.linspace(1, 2, 5000), np.linspace(1.2, 2.2, 5000)])  # its interval alone is 2 % wide
     assert latency.noise(np.stack([quiet, quiet])) == pytest.approx(0.01 / 1.005)
     expected = max(21, abs(np.median(wide[:50]) - np.median(wide[50:]))) / 50.5
     assert latency.noise(np.stack([quiet, wide])) == latency.noise(np.stack([wide, quiet])) == pytest.approx(expected)
-    assert latency.noise(np.stack([quiet, drifting])) == pytest.approx(1 / 1.5)
+    assert latency.noise(np.stack([drifting, drifting[::-1]])) == pytest.approx(0.2 / 1.6)
 
 
 def measurements(*noises: float) -> Any:

@@ -52,9 +52,7 @@ def prepare(options: Data, out: Path) -> dict[str, Any]:
     return card
 
 
-def hold_out(
-    labels: np.ndarray, classes: tuple[str, ...], share: float, seed: int, purpose: str
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(labels: np.ndarray, classes: tuple[str, ...], share: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices (kept, held out), both ascending: of each class round(share * its images), at least 1, are held out.
 
     Images are ranked by a SHA-256 of (seed, purpose, index): no library's random numbers, so no version changes them.

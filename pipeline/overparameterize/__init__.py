@@ -27,6 +27,11 @@ def overparameterize(model: nn.Module, method: str = "kflo", **arguments: Any) -
 def collapse(model: nn.Module) -> nn.Module:
     """Merge every over-parameterised layer of `model` into the plain layer it computes, in place, and return it."""
     for _, layer in filtering_layers(model):
+        # A deep copy shares the class that torch made for the original, and removing a parametrisation edits that class: the
+        # layer gets a class of its own first.
+        if parametrize.is_parametrized(layer):
+            shared = type(layer)
+            layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         # The bias first: its parametrisation reads the weight's.
         for tensor in ("bias", "weight"):
             if parametrize.is_parametrized(layer, tensor):
