@@ -17,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 84, 20, 18, 58
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1f2328}.grid{stroke:#d8dee4;fill:none}.front{stroke:#57606a;fill:none;"
     "stroke-width:1.5;stroke-dasharray:5 4}.line{fill:none;stroke-width:2}.mark{stroke:#57606a;stroke-dasharray:2 3}"
-    ".full{fill:none;stroke:#8c959f}.kept{fill:#0b63a5}.error{stroke-width:1.5}"
+    ".event{fill:#57606a}.full{fill:none;stroke:#8c959f}.kept{fill:#0b63a5}.error{stroke-width:1.5}"
 )
 
 
@@ -105,17 +105,23 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, x_factor: float
     return _svg(WIDTH, HEIGHT, f"{y_title} against {x_title}", [*body, *labels])
 
 
-def curves(series: Sequence[Series], marks: Sequence[tuple[float, str]], y_title: str, percent: bool) -> str:
-    """Curves over epochs; `marks` are (epoch, what happened) as dotted vertical lines with a title."""
+def curves(
+    series: Sequence[Series], spans: Sequence[tuple[float, str]], marks: Sequence[tuple[float, str]], y_title: str, percent: bool
+) -> str:
+    """Curves over epochs. `spans` are (first epoch, stage), written above; `marks` (epoch, what happened) have a triangle and a
+    title."""
     width, height = 460, 240
     factor = 100 if percent else 1
     x = axis([value for line in series for value in line.x], 62, width - 12, zero=True)
-    y = axis([factor * value for line in series for value in line.y], height - 44, 12)
+    y = axis([factor * value for line in series for value in line.y], height - 44, 30)
     body = _grid(x, y, width, height, "epoch", y_title)
+    for epoch, text in spans:
+        body.append(f'<text class="tick" x="{x.at(epoch) + 5:.1f}" y="16">{escape(text)}</text>')
+        body.append(f'<path class="grid" d="M{x.at(epoch):.1f} 4V{height - 44}"/>')
     for epoch, text in marks:
         at = f"{x.at(epoch):.1f}"
-        body.append(f'<g><title>{escape(text)}</title><path class="mark" d="M{at} 12V{height - 44}"/>')
-        body.append(f'<path class="event" d="M{at} 20l-5 -9h10z"/></g>')
+        body.append(f'<g><title>{escape(text)}</title><path class="mark" d="M{at} 30V{height - 44}"/>')
+        body.append(f'<path class="event" d="M{at} 34l-5 -9h10z"/></g>')
     for line in series:
         corners = [(x.at(a), y.at(factor * b)) for a, b in zip(line.x, line.y, strict=True)]
         dash = ' stroke-dasharray="6 4"' if line.dashed else ""
@@ -141,9 +147,11 @@ def bars(layers: Sequence[tuple[str, int, int]]) -> str:
 
 
 def standalone(svg: str) -> str:
-    """A chart as a file of its own: with the namespace, a style and a white ground."""
+    """A chart as a file of its own: with the namespace, its size in pixels, a style and a white ground."""
     head, body = svg.split(">", 1)
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{body}\n'
+    width, height = head.split('viewBox="0 0 ')[1].split('"')[0].split()
+    size = f'xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+    return f'{head} {size}><style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{body}\n'
 
 
 def color(index: int) -> str:

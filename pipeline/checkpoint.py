@@ -6,35 +6,65 @@ back the same module, compressed or expanded or neither. No pickle anywhere.
 """
 
 import copy
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
 from pipeline import files, models, overparameterize, records
+from pipeline.config import Section
 from pipeline.data.batches import Prepared
 from pipeline.errors import InputError
 from pipeline.surgery import restructure, structure
 
 FORMAT = 1
-KEYS = frozenset(
-    (
-        "format",
-        "network",
-        "expansion",
-        "channels",
-        "input",
-        "classes",
-        "stages",
-        "versions",
-        "commit",
-        "data",
-        "weights_sha256",
-    )
-)
+
+
+class Built(Section):
+    """What is built by name."""
+
+    arguments: dict[str, Any]
+
+
+class Network(Built):
+    """Of `pipeline/models/`."""
+
+    name: str
+
+
+class Expansion(Built):
+    """Of `pipeline/overparameterize/`."""
+
+    method: str
+
+
+class Input(Section):
+    """One image: C, H, W, and the normalisation of each channel."""
+
+    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=3, max_length=3)
+    mean: list[float]
+    std: list[Annotated[float, Field(gt=0)]]
+
+
+class Card(Section):
+    """model.json."""
+
+    format: Literal[1]
+    network: Network
+    expansion: Expansion | None
+    channels: dict[str, dict[str, Any]]  # as `structure` gives them
+    input: Input
+    classes: list[str] = Field(min_length=1)
+    stages: list[dict[str, Any]]
+    versions: dict[str, str]
+    commit: str | None
+    data: str
+    weights_sha256: str
 
 
 def new_card(network: dict[str, Any], data: Prepared) -> dict[str, Any]:
@@ -62,39 +92,42 @@ def build(card: dict[str, Any]) -> nn.Module:
 
 def save(folder: Path, model: nn.Module, card: dict[str, Any]) -> None:
     """Write `model` and its card; a reader sees the card only once the weights are there."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    path = folder / "model.safetensors"
-    (folder / "model.json").unlink(missing_ok=True)
-    files.write_bytes(path, safetensors.torch.save(weights))
+    weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     described = {**card, "channels": structure(model), "versions": records.versions(), "commit": records.commit()}
-    files.write_json(folder / "model.json", {**described, "weights_sha256": files.sha256(path)})
+    described |= {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    files.write_together({folder / "model.safetensors": weights, folder / "model.json": files.as_json(described)})
 
 
-def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The module in evaluation mode on the CPU, and its card. `InputError` names the file and the key that is wrong."""
+def load(folder: Path, data: Prepared | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The module in evaluation mode on the CPU, and its card. `InputError` names the file and the key that is wrong, or says
+    that the model does not belong to `data`."""
     card = read_card(folder)
+    if data and data.fingerprint != card["data"]:
+        raise InputError(f"{folder / 'model.json'} was made from other data than {data.folder} holds: run `dvc repro`")
     path = folder / "model.safetensors"
     state = _read_weights(path, card["weights_sha256"])
-    with torch.random.fork_rng(devices=[]):
-        model = build(card)
-        if card["expansion"]:
-            overparameterize.overparameterize(model, card["expansion"]["method"], **card["expansion"]["arguments"])
-        restructure(model, card["channels"])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = build(card)
+            if card["expansion"]:
+                overparameterize.overparameterize(model, card["expansion"]["method"], **card["expansion"]["arguments"])
+            restructure(model, card["channels"])
+    except Exception as error:  # what a wrong card leads to inside torch has no common class
+        raise _damaged(folder / "model.json", f"no network can be built from it: {error!r}") from None
     _check_keys(path, model.state_dict(), state)
     model.load_state_dict(state)
     return model.eval(), card
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """model.json, checked for its keys and its format."""
+    """model.json, checked for its keys and the types of their values."""
     path = folder / "model.json"
     card = files.read_json(path)
-    if not isinstance(card, dict) or card.keys() != KEYS:
-        there = set(card) if isinstance(card, dict) else set()
-        missing, extra = sorted(KEYS - there), sorted(there - KEYS)
-        raise InputError(f"{path} is not a model card: missing keys {missing}, unknown keys {extra}")
-    if card["format"] != FORMAT:
-        raise InputError(f"{path}: format {card['format']!r} is not {FORMAT}: rebuild it with `dvc repro`")
+    try:
+        Card.model_validate(card)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, mistake['loc']))} {mistake['msg']}".strip() for mistake in error.errors()]
+        raise _damaged(path, "; ".join(wrong)) from None
     return card
 
 
@@ -127,7 +160,7 @@ def _read_weights(path: Path, expected_sha256: str) -> dict[str, torch.Tensor]:
     try:
         state = safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): delete its folder and run `dvc repro`") from None
+        raise _damaged(path, str(error)) from None
     if files.sha256(path) != expected_sha256:
         raise InputError(f"{path} is not the file that model.json describes: delete their folder and run `dvc repro`")
     return state
@@ -142,3 +175,7 @@ def _check_keys(path: Path, wanted: dict[str, torch.Tensor], found: dict[str, to
         if wanted[key].shape != found[key].shape:
             shapes = f"{tuple(found[key].shape)}, but the network of model.json needs {tuple(wanted[key].shape)}"
             raise InputError(f"{path}: the tensor {key} has the shape {shapes}")
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is damaged ({' '.join(why.split())}): delete its folder and run `dvc repro`")

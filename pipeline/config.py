@@ -1,16 +1,36 @@
 """params.yaml as typed, frozen sections: unknown keys are refused and nothing has a default hidden in code."""
 
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from yaml.constructor import ConstructorError
 
 from pipeline.errors import InputError
 
 PARAMS = Path("params.yaml")
 
 Fraction = Field(gt=0, lt=1)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that has no key twice in one mapping, and the numbers of YAML 1.2 (1e-4), as DVC reads them."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node: Any = super().compose_mapping_node(anchor)  # type: ignore[misc]
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789"))
 
 
 class Section(BaseModel):
@@ -75,6 +95,12 @@ class Fit(Section):
     select: Literal["last", "best"]  # keep the last epoch or the one with the best validation accuracy
     precision: Literal["auto", "fp32", "bf16"]
 
+    @model_validator(mode="after")
+    def _nesterov_has_a_momentum(self) -> Self:
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise PydanticCustomError("nesterov", "nesterov must be false unless optimizer is sgd and momentum above 0")
+        return self
+
 
 class Distill(Section):
     """A teacher: the network as it enters the stage, before it is made smaller."""
@@ -125,7 +151,7 @@ class Profile(Section):
     control: str  # the variant, REVIVE-COMPRESS, against which every speed-up is measured
     providers: list[Literal["cuda", "cpu"]] = Field(min_length=1)
     threads: int = Field(ge=1)  # of ONNX Runtime on the CPU
-    batch_sizes: list[int] = Field(min_length=1)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     warmup_s: float = Field(gt=0)
     repeats: int = Field(ge=20)  # timed calls of each model in one measurement
     stability: float = Field(gt=0)  # repeat while the median's interval is wider than this share of it
@@ -142,10 +168,11 @@ class Tracking(Section):
 def read_params(path: Path = PARAMS) -> dict[str, Any]:
     """The whole of params.yaml as plain values."""
     try:
-        params = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            params = yaml.load(file, _Loader)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run from the project's root") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 13th month in a date
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
         raise InputError(f"{path} must hold sections (seed, data, model, ...), not {type(params).__name__}")
@@ -157,7 +184,7 @@ def parse(key: str, value: Any, model: type[SectionType]) -> SectionType:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(key, mistake) for mistake in error.errors())) from None
+        raise InputError("\n".join(_explain(key, value, error.errors()))) from None
 
 
 def section(key: str, model: type[SectionType], path: Path = PARAMS) -> SectionType:
@@ -170,17 +197,47 @@ def lookup(params: dict[str, Any], key: str) -> Any:
     value: Any = params
     for depth, part in enumerate(parts := key.split(".")):
         if not isinstance(value, dict) or part not in value:
-            where = ".".join(parts[:depth]) or str(PARAMS)
-            there = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
-            raise InputError(f"params.yaml: {where} has no {part!r}; it has {there}")
+            where = f"params.yaml: {'.'.join(parts[:depth])}" if depth else "params.yaml"
+            there = (", ".join(map(str, value)) or "nothing") if isinstance(value, dict) else repr(value)
+            raise InputError(f"{where} has no {part!r}; it has {there}")
         value = value[part]
     return value
 
 
-def _explain(key: str, mistake: Any) -> str:
-    where = ".".join(str(part) for part in (key, *mistake["loc"]) if not str(part).startswith("literal["))
-    if mistake["type"] == "missing":
-        return f"params.yaml: {where} is missing; every parameter must be given"
-    if mistake["type"] == "extra_forbidden":
-        return f"params.yaml: {where} is not a parameter; remove it or correct its name"
-    return f"params.yaml: {where} = {mistake['input']!r}: {mistake['msg'].lower()}"
+def _explain(key: str, value: Any, mistakes: list[Any]) -> list[str]:
+    """One line for each place in `value` where something is wrong."""
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for mistake in mistakes:
+        found.setdefault(_place(mistake, value), []).append(mistake)
+    lines = []
+    for place, there in found.items():
+        if any(len(deeper) > len(place) and deeper[: len(place)] == place for deeper in found):
+            continue  # of several forms that are allowed here, the value has the one in which there is a mistake further down
+        where = f"params.yaml: {'.'.join(map(str, (key, *place)))}"
+        wrong, kinds = there[0]["input"], {mistake["type"] for mistake in there}
+        if "missing" in kinds:
+            lines.append(f"{where} is missing; every parameter must be given")
+        elif "extra_forbidden" in kinds:
+            lines.append(f"{where} is not a parameter; remove it or correct its name")
+        else:
+            shown = "" if isinstance(wrong, dict) else f" = {wrong!r}"
+            lines.append(f"{where}{shown}: {' or '.join(dict.fromkeys(map(_wanted, there)))}")
+    return lines
+
+
+def _place(mistake: Any, value: Any) -> tuple[Any, ...]:
+    """The keys and indices that lead to a mistake, without the names of the forms that were tried on the way."""
+    place = []
+    for depth, part in enumerate(mistake["loc"]):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+        elif mistake["type"] != "missing" or depth + 1 < len(mistake["loc"]):
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _wanted(mistake: Any) -> str:
+    if mistake["type"] in ("model_type", "dict_type"):
+        return "must hold parameters, as {name: value, ...}"
+    return mistake["msg"].lower().replace("input should be", "must be", 1)

@@ -11,21 +11,38 @@ from pipeline.errors import InputError
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Put `content` at `path` in one step; a reader, or a power cut, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Put each content at its path, in their order, once all are on the disk: where it is full, every old file stays."""
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
+    for path in contents:
+        _make_folder(path.parent)
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        for path, partial in partials.items():
+            try:
+                with partial.open("wb") as file:
+                    file.write(contents[path])
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:  # a failed write does not know its file
+                raise OSError(error.errno, error.strerror, str(path)) from None
+        for path, partial in partials.items():
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a closing newline. NaN and infinities are refused: they are not JSON."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -42,3 +59,11 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), folder)
+        raise InputError(f"{way} is a file where a folder is needed: move it away") from None

@@ -190,7 +190,7 @@ def _variant(report: Report, row: Row, chain: Chain) -> str:
     parts = [_stages(report, row, chain)]
     parts += [f"<h4>{escape(stage)}</h4>{_list(told)}" for stage, r in chain.records.items() if (told := story.happenings(r))]
     if drawn:
-        key = "Solid: validation; dashed: training. Dotted lines: a stage begins or a method changed the network."
+        key = "Solid: validation; dashed: training. Triangles: a method changed the network."
         parts.append(f"<h4>training</h4><div class=pair>{''.join(f'<figure>{svg}</figure>' for svg in drawn)}</div><p>{key}</p>")
     parts.append(f"<h4>channels, kept of full</h4><figure class=bars>{layers}</figure>" if layers else "")
     flat = "\n".join(f"{key}: {value}" for key, value in flat_parameters(chain.records).items())

@@ -79,12 +79,17 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the working directory, "-dirty" appended where tracked files differ; None outside a repository."""
+    """The git commit of the working directory, "-dirty" appended where tracked files differ from it; None outside a repository.
+    dvc.lock is no matter: it changes while the chain runs."""
     try:
-        run = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-        return run("rev-parse", "HEAD") + ("-dirty" if run("status", "--porcelain", "--untracked-files=no") else "")
+        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
+        return _git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -36,7 +36,7 @@ def describe(event: dict[str, Any]) -> str:
 def curves(chain: Chain, quantity: str) -> str | None:
     """Training and validation curves ("loss" or "accuracy") through all trainings of a chain as SVG; None where nothing trained.
 
-    Epochs are counted on from stage to stage; the lines mark where a stage begins and where a method changed the model.
+    Epochs are counted on from stage to stage; the marks say where a method changed the model.
     """
     series, marks = [], []
     trained = [(stage, chain.records[stage]) for stage in TRAINING if chain.records.get(stage, {}).get("history")]
@@ -48,10 +48,10 @@ def curves(chain: Chain, quantity: str) -> str | None:
             key = f"{part}_{quantity}"
             if all(key in row for row in history):
                 series.append(chart.Series(f"{stage}: {part} {quantity}", epochs, [row[key] for row in history], index, dashed))
-        marks += [(start, f"{stage} begins")] if index else []
         marks += [(start + e["epoch"], f"{stage}, {describe(e)}") for e in record["events"] if "epoch" in e]
     percent = quantity == "accuracy"
-    return chart.curves(series, marks, f"{quantity}, %" if percent else quantity, percent) if series else None
+    spans = [(start, stage) for start, (stage, _) in zip(starts, trained, strict=False)]
+    return chart.curves(series, spans, marks, f"{quantity}, %" if percent else quantity, percent) if series else None
 
 
 def channels(chain: Chain) -> str | None:

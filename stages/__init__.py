@@ -1,15 +1,18 @@
 """The DVC stages: each reads its part of params.yaml and the folders before it, calls the library, writes one folder."""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.errors import InputError
 
 OUTPUTS = Path("outputs")
 PREPARED = OUTPUTS / "prepare" / "data"
 RESUME = OUTPUTS / "resume"  # states of unfinished trainings
+SEED = re.compile("0|[1-9][0-9]*")
 
 
 def folder(stage: str, *variant: str | int) -> Path:
@@ -20,15 +23,22 @@ def folder(stage: str, *variant: str | int) -> Path:
 def run(main: Callable[..., None]) -> None:
     """Call `main` with the command line's words; a mistake of the user's is one message and exit code 2."""
     words, names = sys.argv[1:], list(inspect.signature(main).parameters)
-    stage = Path(sys.argv[0]).stem
+    stage = f"stages.{Path(sys.argv[0]).stem}"
     if len(words) != len(names):
-        print(f"usage: python -m stages.{stage} {' '.join(name.upper() for name in names)}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"usage: python -m {' '.join([stage, *(name.upper() for name in names)])}")
+    call = " ".join([stage, *words])
+    if "seed" in names and not SEED.fullmatch(seed := words[names.index("seed")]):
+        _refuse(f"{call}: the seed {seed!r} is no whole number from 0 up")
     try:
         main(*words)
     except InputError as error:
-        print(f"stages.{stage} {' '.join(words)}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{call}: {error}")
     except OSError as error:
-        print(f"stages.{stage} {' '.join(words)}: {error.strerror}: {error.filename}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{call}: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+    except MemoryError as error:
+        _refuse(f"{call}: there is not enough memory for it ({error})")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)

@@ -11,8 +11,9 @@ from stages import PREPARED, RESUME, folder, run
 def main(revive: str, compress: str, seed: str) -> None:
     """Merge, and compare both networks on the test images."""
     where, used = chain.setting(read_params(), PREPARED, RESUME)
-    expanded, card = checkpoint.load(folder("compress", revive, compress, seed) / "model")
-    collapsed, _ = checkpoint.load(folder("compress", revive, compress, seed) / "model")
+    parent = folder("compress", revive, compress, seed) / "model"
+    expanded, card = checkpoint.load(parent, where.prepared)
+    collapsed, _ = checkpoint.load(parent)
     collapse(collapsed)
     variant = f"{revive}-{compress}-{seed}"
     record = Record("collapse", variant, used, revive=revive, compress=compress, seed=int(seed))

@@ -14,7 +14,7 @@ def main(revive: str, compress: str, seed: str) -> None:
     key = f"compress.{compress}"
     options = methods.options("compress", key, lookup(params, key))
     parent = folder("revive", revive, seed) / "model"
-    model, card = checkpoint.load(parent)
+    model, card = checkpoint.load(parent, where.prepared)
     variant, parameters = f"{revive}-{compress}-{seed}", {"compress": options.model_dump(), **used}
     record = Record("compress", variant, parameters, revive=revive, compress=compress, seed=int(seed))
     # The teacher is taken before the method makes the network smaller.

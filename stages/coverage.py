@@ -17,7 +17,8 @@ def main() -> None:
     data = load(PREPARED)
     network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
     model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
-    expansion = dict(parse("train", lookup(params, "train"), Train).overparameterize)
+    wanted = parse("train", lookup(params, "train"), Train).overparameterize
+    expansion = methods.options("overparameterize", "train.overparameterize", wanted).model_dump()
     if (method := expansion.pop("method")) != "none":
         overparameterize(model, method, **expansion)
     variants = parse("variants", lookup(params, "variants"), Variants)

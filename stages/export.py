@@ -18,8 +18,9 @@ def main(revive: str, compress: str, seed: str) -> None:
     """Export one variant."""
     options, runtime = section("export", Export), section("runtime", Runtime)
     torch.set_num_threads(runtime.threads)
-    model, card = load(folder("collapse", revive, compress, seed) / "model")
-    test = Batches(load_data(PREPARED), "test", BATCH_SIZE, "cpu", None, False, 0, workers=runtime.workers)
+    prepared = load_data(PREPARED)
+    model, card = load(folder("collapse", revive, compress, seed) / "model", prepared)
+    test = Batches(prepared, "test", BATCH_SIZE, "cpu", None, False, 0, workers=runtime.workers)
     place = folder("export", revive, compress, seed)
     record = Record(
         "export",

@@ -4,6 +4,7 @@ control's."""
 from pipeline import latency, measure
 from pipeline.checkpoint import load
 from pipeline.config import Profile, section
+from pipeline.export import read_metadata
 from pipeline.records import Record
 from stages import folder, run
 
@@ -14,6 +15,8 @@ def main(revive: str, compress: str, seed: str) -> None:
     place = folder("profile", revive, compress, seed)
     path = folder("export", revive, compress, seed) / "model.onnx"
     control = folder("export", options.control, seed) / "model.onnx"
+    for file in (path, control):
+        read_metadata(file)  # refuses what was not exported by this chain
     model, card = load(folder("collapse", revive, compress, seed) / "model")
     record = Record(
         "profile",

@@ -13,7 +13,7 @@ def main(revive: str, seed: str) -> None:
     key = f"revive.{revive}"
     options = methods.options("revive", key, lookup(params, key))
     parent = folder("train", seed) / "model"
-    model, card = checkpoint.load(parent)
+    model, card = checkpoint.load(parent, where.prepared)
     parameters = {"revive": options.model_dump(), **used}
     record = Record("revive", f"{revive}-{seed}", parameters, revive=revive, seed=int(seed))
     hooks = [methods.load("revive", options.method).create(options)]

@@ -61,8 +61,8 @@ def diet(
     channels = follow(model, input_shape)
     label = group_channels(channels, groups, protect)
     scores = group_scores(model, channels, label, groups, score, generator)
-    order = sorted(range(groups), key=lambda group: scores[group])
-    chosen = select if isinstance(select, int) else order[-1 if select == "max" else 0]
+    best = max if select == "max" else min
+    chosen = select if isinstance(select, int) else best(range(groups), key=lambda group: scores[group])
     smaller = shrink(model, input_shape, drop(channels, {channel for channel, group in label.items() if group != chosen}))
     return smaller, {"scores": scores, "group": chosen, "full_width": full_width(channels, label)}
 

@@ -122,7 +122,7 @@ class Selective(hooks.Hook):
             self.handles.append(layer.register_forward_pre_hook(_apply_gate))
 
     def after_epoch(self, run: hooks.Run) -> bool:
-        if run.epoch <= self.options.until * run.epochs:
+        if run.epoch - 1 < round(self.options.until * run.epochs, 9):
             self.close(run)
         return False
 

@@ -10,6 +10,7 @@ across groups in kernel space, as in the authors' code; no feature-space cascade
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -48,7 +49,8 @@ class Mixing(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """(h, ...) -> (O, ...), in fp32 also under autocast."""
-        with torch.autocast(original.device.type, enabled=False):
+        device = original.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # not on "meta"
             return (self.matrix() @ original.reshape(len(original), -1)).reshape(-1, *original.shape[1:])
 
     def solve(self, original: Tensor, target: Tensor) -> Tensor:
@@ -120,15 +122,17 @@ def expand(model: nn.Module, *, depth: int = 2, width: float = 4, l2_factor: flo
     to the `Hook`). `InputError` where a layer is expanded already or a width below 1 would leave outputs at zero."""
     if depth < 2 or width < 1:
         raise InputError(f"kflo: depth {depth} and width {width}: depth must be at least 2 and width at least 1")
-    for name, layer in list(filtering_layers(model)):
+    layers = dict(filtering_layers(model))
+    for name, layer in layers.items():
         if parametrize.is_parametrized(layer):
             raise InputError(f"kflo: layer {name} is over-parameterised already; collapse it first")
+    for layer in layers.values():
         expand_layer(layer, depth=depth, width=width)
 
 
 class Hook(hooks.Hook):
-    """Regularisation of paper 004 (section 5.2 of its code): W1 has no weight decay, the mixers `mixer_decay`, and the
-    composed kernels pay l2_factor * weight_decay * sum |W'|^2 in the loss."""
+    """Regularisation as in the authors' code: W1 has no weight decay, the mixers `mixer_decay`, and the composed kernels pay
+    l2_factor * weight_decay * sum |W'|^2 in the loss."""
 
     def __init__(self, *, depth: int = 2, width: float = 4, l2_factor: float = 1.0, mixer_decay: float = 1e-9) -> None:
         self.l2_factor, self.mixer_decay = l2_factor, mixer_decay

@@ -8,11 +8,12 @@ Each restart resets floor(N / divisor) - 1 of the N filters ranked, with a fresh
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from pipeline import hooks
@@ -40,6 +41,12 @@ class Options(Block):
     target: float | None = Field(gt=0, le=1)  # stop when a round ends at this validation accuracy; null: never
     include_residual: bool  # also reset filters whose output joins a residual add
     batchnorm: Literal["reset", "keep"]  # of a filter's batch norm: scale 1, shift 0, mean 0, variance 1
+
+    @model_validator(mode="after")
+    def _trains_what_it_resets(self) -> Self:
+        if not self.fit.epochs:
+            raise PydanticCustomError("epochs", "fit.epochs must be at least 1: what a restart resets has to be trained again")
+        return self
 
 
 def taylor_scores(
@@ -88,7 +95,7 @@ def taylor_scores(
         for parameter, wanted in zip(model.parameters(), gradients, strict=True):
             parameter.requires_grad_(wanted)
         model.train(training)
-    return {name: F.normalize(total.abs(), dim=0) for name, total in totals.items()}
+    return {name: F.normalize(totals[name].abs(), dim=0) for name in watched if name in totals}
 
 
 def least_useful(scores: dict[str, Tensor], divisor: float) -> dict[str, list[int]]:

@@ -1,0 +1,38 @@
+"""Digits prepared once for all tests, and trainings on them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from raw_data import options
+from torch import nn
+
+from pipeline.config import Fit
+from pipeline.data.batches import Batches, Prepared, load
+from pipeline.data.prepare import prepare
+from pipeline.hooks import Run
+
+FIT: dict[str, Any] = {"epochs": 1, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False}
+FIT |= {"weight_decay": 1e-4, "schedule": "cosine", "label_smoothing": 0.0, "select": "last", "precision": "fp32"}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The digits at 16x16 pixels: 1x16x16, ten classes."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare(options("digits", folder, image_size=16), folder / "prepared")
+    return load(folder / "prepared")
+
+
+@pytest.fixture
+def make_run(prepared: Prepared) -> Callable[..., Run]:
+    """make_run(model, **changes of the fit): a training of `model` on the digits, in fp32 on the CPU."""
+
+    def make(model: nn.Module, **changes: Any) -> Run:
+        fit = Fit.model_validate(FIT | changes)
+        train = Batches(prepared, "train", fit.batch_size, "cpu", None, shuffle=True, seed=0)
+        validation = Batches(prepared, "validation", 256, "cpu", None, shuffle=False, seed=0)
+        return Run(model, fit, train, validation, seed=0, device=torch.device("cpu"))
+
+    return make

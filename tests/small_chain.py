@@ -1,0 +1,96 @@
+"""The chain's stages in this process, on a workspace small enough for tests: digits, one epoch of training, one variant."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import stages
+
+VARIANT = ("finetune", "none", "0")
+CHAIN = [
+    ("check",),
+    ("source",),
+    ("prepare",),
+    ("coverage",),
+    ("train", "0"),
+    ("revive", "finetune", "0"),
+    *((stage, *VARIANT) for stage in ("compress", "collapse", "export", "profile")),
+]
+
+
+def parameters() -> dict[str, Any]:
+    """A params.yaml, as plain values, that trains for one epoch and measures for a moment."""
+    fit: dict[str, Any] = {"epochs": 1, "batch_size": 64, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False}
+    fit |= {"weight_decay": 1e-4, "schedule": "cosine", "label_smoothing": 0.0, "select": "last", "precision": "fp32"}
+    data = {"name": "digits", "root": "raw", "download": False, "image_size": 16, "storage": "auto", "validation": 0.4}
+    restart = {"reset": "uniform", "scope": "filter", "criterion": "per_example", "ranking_batches": 1, "ranking_dropout": False}
+    restart |= {"divisor": 3, "restarts": 1, "final_epochs": 0, "patience": None, "max_drop": 0.5, "target": None}
+    diet = {"groups": 2, "score": "sum", "select": "max", "protect": [], "distill": None}
+    still = fit | {"epochs": 0}
+    return {
+        "seed": [0],
+        "data": data | {"test": 0.4, "split_seed": 0, "mean": "auto", "std": "auto"},
+        "augment": {"pad": 1, "pad_mode": "zero", "flip": False},
+        "runtime": {"device": "cpu", "threads": 1, "workers": 0},
+        "model": {"name": "cifar_quick"},
+        "train": {
+            "overparameterize": {"method": "kflo", "depth": 2, "width": 1.5, "l2_factor": 1.0, "mixer_decay": 1e-9},
+            "fit": fit,
+        },
+        "variants": {"revive": ["finetune"], "compress": ["none", "diet"]},
+        "revive": {
+            "finetune": {"method": "finetune", "fit": still},
+            "restart": {"method": "restart", "include_residual": False, "batchnorm": "reset", "fit": fit} | restart,
+        },
+        "compress": {
+            "none": {"method": "finetune", "distill": None, "fit": still},
+            "diet": {"method": "diet", "fit": still} | diet,
+        },
+        "export": {"opset": 20, "atol": 1e-4, "rtol": 1e-3},
+        "profile": {"control": "finetune-none", "providers": ["cpu"], "threads": 1, "batch_sizes": [1]}
+        | {"warmup_s": 0.01, "repeats": 20, "stability": 10.0, "attempts": 1},
+        "tracking": {"experiment": "winnow", "timeout_s": 10},
+    }
+
+
+def write_parameters(folder: Path, params: dict[str, Any]) -> None:
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def call(*words: str) -> int:
+    """Run `python -m stages.WORDS[0] WORDS[1:]` in this process, in the working directory; its exit code."""
+    with pytest.MonkeyPatch.context() as patch, _torch_as_before():
+        patch.setattr(sys, "argv", [f"stages/{words[0]}.py", *words[1:]])
+        try:
+            stages.run(importlib.import_module(f"stages.{words[0]}").main)
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+def build(folder: Path) -> None:
+    """Write params.yaml into `folder` and build the chain's outputs there."""
+    with contextlib.chdir(folder):
+        write_parameters(folder, parameters())
+        for words in CHAIN:
+            assert call(*words) == 0, words
+
+
+@contextlib.contextmanager
+def _torch_as_before() -> Iterator[None]:
+    """A stage is the only one in its process and sets torch up for itself."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only, state = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_rng_state(state)
