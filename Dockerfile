@@ -4,8 +4,8 @@ FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
 COPY --from=ghcr.io/astral-sh/uv:0.13.9 /uv /usr/local/bin/uv
 
-RUN useradd --create-home winnow
-USER winnow
+RUN useradd --create-home --uid 1001 winnow
+USER 1001
 WORKDIR /home/winnow/chain
 
 COPY --chown=winnow requirements.lock ./
