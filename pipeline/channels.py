@@ -7,6 +7,7 @@ lists; flattening repeats each id once a pixel. What it does not understand pins
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,7 @@ class _Tracer(fx.Tracer):
 
 def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
     """The channels of `model` for one image of shape (C, H, W). `InputError` where torch.fx cannot trace the network."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         traced = fx.GraphModule(model, _Tracer().trace(model))
@@ -94,12 +95,14 @@ def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
     except Exception as error:  # whatever a foreign forward raises
+        cause = error.__cause__ or error
         raise InputError(
-            f"the channels of {type(model).__name__} cannot be followed: torch.fx says {type(error).__name__}: {error}; "
+            f"the channels of {type(model).__name__} cannot be followed: torch.fx says {type(cause).__name__}: {cause}; "
             "a forward pass may not branch on the values of tensors"
         ) from error
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return _Follower(traced).channels
 
 
@@ -109,6 +112,10 @@ class _Follower:
     def __init__(self, traced: fx.GraphModule) -> None:
         self.channels = Channels()
         self.modules = dict(traced.named_modules())
+        uses = Counter(str(n.target) for n in traced.graph.nodes if n.op == "call_module")
+        uses.update(str(n.target).rpartition(".")[0] for n in traced.graph.nodes if n.op == "get_attr")
+        # Layers whose tensors serve more than once must stay as they are.
+        self.shared = {name for name, count in uses.items() if count > 1 and any(True for _ in self.modules[name].parameters())}
         self.ids: dict[fx.Node, list[int]] = {}
         for node in traced.graph.nodes:
             ids = self.visit(node)
@@ -133,6 +140,8 @@ class _Follower:
     def module(self, node: fx.Node, read: list[list[int]]) -> list[int]:
         name = str(node.target)
         module = self.modules[name]
+        if name in self.shared:
+            return self.unknown(node, read)
         rules: dict[type, Callable[..., list[int] | None]] = {
             nn.Conv2d: self.convolution,
             nn.Linear: self.linear,
@@ -149,8 +158,6 @@ class _Follower:
         return read[0] if channelwise else self.unknown(node, read)
 
     def convolution(self, node: fx.Node, name: str, layer: nn.Conv2d, ids: list[int]) -> list[int] | None:
-        if name in self.channels.outputs or name in self.channels.channelwise:
-            return None  # one layer used twice: its channels stay
         if layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels:
             self.channels.channelwise[name] = ids
             return ids
@@ -160,15 +167,13 @@ class _Follower:
         return made
 
     def linear(self, node: fx.Node, name: str, layer: nn.Linear, ids: list[int]) -> list[int] | None:
-        if name in self.channels.outputs or len(_shape(node) or ()) != 2:
+        if len(_shape(node) or ()) != 2:
             return None
         self.channels.inputs[name] = ids
         self.channels.outputs[name] = made = self.channels.fresh(layer.out_features)
         return made
 
-    def norm(self, node: fx.Node, name: str, layer: nn.Module, ids: list[int]) -> list[int] | None:
-        if name in self.channels.channelwise:
-            return None
+    def norm(self, node: fx.Node, name: str, layer: nn.Module, ids: list[int]) -> list[int]:
         self.channels.channelwise[name] = ids
         (source,) = node.all_input_nodes
         if source.op == "call_module" and str(source.target) in self.channels.outputs and len(source.users) == 1:
@@ -193,14 +198,16 @@ class _Follower:
 
     def function(self, node: fx.Node, read: list[list[int]]) -> list[int]:
         target, shape = node.target, _shape(node) or ()
-        if target in ADDITIONS and len({len(ids) for ids in read}) == 1 and shape[1:2] == (len(read[0]),):
+        known = len(read) == len(node.all_input_nodes) and {len(_shape(n) or ()) for n in node.all_input_nodes} == {len(shape)}
+        if target in ADDITIONS and known and {len(ids) for ids in read} == {*shape[1:2]}:
             for ids in read:
                 self.channels.unite(read[0], ids)
                 if len(read) > 1:
                     self.channels.summed.update(ids)
             return read[0]
-        if target in CONCATENATIONS and (node.kwargs.get("dim") or (*node.args, 0)[1]) == 1:
-            return [channel for part in node.args[0] for channel in self.ids[part]]  # type: ignore[union-attr,index]
+        parts: Any = node.args[0] if node.args else ()
+        if target in CONCATENATIONS and known and (node.kwargs.get("dim") or (*node.args, 0)[1]) == 1 and isinstance(parts, list | tuple):
+            return [channel for part in parts for channel in self.ids[part]]
         if target in (torch.flatten, "flatten") and (*node.args, None)[1] == 1 and len(read) == 1:
             ids = self.flatten(node, read[0])
             return self.unknown(node, read) if ids is None else ids

@@ -113,7 +113,9 @@ def _certainty(report: Report) -> str:
         "smaller differences may be chance."
     )
     seeds = len({row.seed for row in report.rows})
-    return text + (f" Figures are means ± sample standard deviations over {seeds} seeds." if report.means else " Only one seed was run.")
+    return text + (
+        f" Figures are means ± sample standard deviations over {seeds} seeds." if report.means else " Only one seed was run."
+    )
 
 
 def _charts(report: Report) -> str:
@@ -159,7 +161,9 @@ def _tables(report: Report) -> str:
     shown = columns(report)
     if not report.means:
         return _table(report, report.rows, shown)
-    return f"{_table(report, report.means, shown)}<details><summary>Every seed</summary>{_table(report, report.rows, shown)}</details>"
+    return (
+        f"{_table(report, report.means, shown)}<details><summary>Every seed</summary>{_table(report, report.rows, shown)}</details>"
+    )
 
 
 def _table(report: Report, rows: list[Row], shown: Sequence[Column]) -> str:
@@ -172,7 +176,9 @@ def _table(report: Report, rows: list[Row], shown: Sequence[Column]) -> str:
         cells = "".join(_cell(report, row, column) for column in shown)
         body.append(f'<tr><th scope=row data-value="{escape(row.name)}">{name}{counted}</th>{cells}</tr>')
     first = "<th scope=col><button type=button>variant</button></th>"
-    return f"<div class=wide><table class=sortable><thead><tr>{first}{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    return (
+        f"<div class=wide><table class=sortable><thead><tr>{first}{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def _cell(report: Report, row: Row, column: Column) -> str:

@@ -80,9 +80,9 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The git commit of the working directory, "-dirty" appended where tracked files differ from it; None outside a repository.
-    dvc.lock is no matter: it changes while the chain runs."""
+    params.yaml and dvc.lock do not count: parameters stand in the record itself, and the lock changes while the chain runs."""
     try:
-        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
+        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!params.yaml", ":!dvc.lock")
         return _git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None

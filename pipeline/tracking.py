@@ -150,7 +150,10 @@ class _Publisher:
     def _log(self, run_id: str, parameters: dict[str, str], metrics: dict[str, float], time_ms: int) -> None:
         from mlflow.entities import Metric, Param
 
-        texts = {key: value if len(value) <= LONGEST else f"{value[: LONGEST - 40]}… whole in record.json" for key, value in parameters.items()}
+        texts = {
+            key: value if len(value) <= LONGEST else f"{value[: LONGEST - 40]}… whole in record.json"
+            for key, value in parameters.items()
+        }
         params = [Param(key, value) for key, value in texts.items()]
         values = [Metric(key, float(value), time_ms, 0) for key, value in metrics.items()]
         for start in range(0, max(len(params), len(values)), MOST):

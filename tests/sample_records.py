@@ -45,7 +45,9 @@ def grid(seeds: tuple[int, ...] = (0, 1), revive: tuple[str, ...] = REVIVE, comp
         for one in revive:
             options = {"revive": {"method": one, "alpha": 0.2, "fit": FIT}}
             event = {"kind": "restart", "epoch": 2, "round": 1, "filters": 41, "layers": [{"name": "conv1", "filters": 9}]}
-            revived = _trained("revive", f"{one}-{seed}", _accuracy(one, "none", seed), 1.0, options, 250_000, revive=one, seed=seed)
+            revived = _trained(
+                "revive", f"{one}-{seed}", _accuracy(one, "none", seed), 1.0, options, 250_000, revive=one, seed=seed
+            )
             made.append(revived | {"events": [event] if one != "finetune" else []})
             for two in compress:
                 made += variant(one, two, seed)

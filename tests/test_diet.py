@@ -23,7 +23,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "resnet": {"depth": 8},
     "resnet18": {"stem": "imagenet"},
 }
-every_network = pytest.mark.parametrize("name", [*NETWORKS, "unet"])
 
 
 class UNet(nn.Module):
@@ -42,16 +41,37 @@ class UNet(nn.Module):
         self.flatten = nn.Flatten(1)
         self.fc = nn.Linear(12, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         skip = self.down(x)
         up = self.up(self.grouped(self.depthwise(self.deep(self.pool(skip)))))
-        return self.fc(self.flatten(self.gap(self.join(torch.cat([skip, up], 1)))))
+        return self.join(torch.cat([skip, up], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.flatten(self.gap(self.features(x))))
+
+
+class Stack(nn.Module):
+    """Convolutions with batch norms, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, 8), (8, 12), (12, 16)):
+            layers += [nn.Conv2d(inputs, outputs, 3, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten(1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.flatten(self.gap(self.features(x))))
 
 
 def network(name: str, expanded: bool = False) -> nn.Module:
     """A network in evaluation mode that has no neutral value anywhere."""
     torch.manual_seed(5)
-    model = UNet() if name == "unet" else models.build(name, input_shape=SHAPE, classes=10, **NETWORKS[name])
+    own = {"unet": UNet, "stack": Stack}
+    model = own[name]() if name in own else models.build(name, input_shape=SHAPE, classes=10, **NETWORKS[name])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
@@ -96,7 +116,10 @@ def narrowed(full: Tensor, small: Tensor, group: int) -> Tensor:
     ("name", "groups"), [("cifar_quick", 2), ("cifar_quick", 4), ("mininet", 4), ("resnet", 2), ("resnet18", 2), ("resnet18", 8)]
 )
 def test_every_tensor_is_the_slice_of_one_contiguous_group(name: str, groups: int, expanded: bool) -> None:
-    full, exact = collapse(network(name, expanded)).state_dict(), {"rtol": 1e-5, "atol": 1e-6} if expanded else {"rtol": 0, "atol": 0}
+    full, exact = (
+        collapse(network(name, expanded)).state_dict(),
+        {"rtol": 1e-5, "atol": 1e-6} if expanded else {"rtol": 0, "atol": 0},
+    )
     for group in range(groups):
         small, facts = diet(network(name, expanded), SHAPE, groups=groups, select=group)
         assert facts["group"] == group
@@ -157,35 +180,88 @@ def test_the_diet_computes_what_the_full_network_does_without_the_other_groups(n
 
 @pytest.mark.parametrize("name", ["stack", "unet"])
 def test_a_network_of_two_separate_halves_is_reproduced_on_its_own_half(name: str) -> None:
-    """Weights from one half of the channels to the other are zero; behind [skip | up] a half is half of either."""
-    torch.manual_seed(0)
-    model: Any = UNet() if name == "unet" else nn.Sequential(*(block(i, o) for i, o in ((3, 8), (8, 12), (12, 12)))).eval()
-    model = network("unet") if name == "unet" else model
-    halves = lambda *widths: torch.tensor([g for w in widths for g in quarter_labels(w)])  # noqa: E731
-    reads = {"join.0": halves(8, 24)} if name == "unet" else {}
-    for layer, module in filtering_layers(model):
-        if module.weight.shape[1] > 3 and layer not in ("fc", "depthwise", "grouped"):
-            made, read = halves(len(module.weight)), reads.get(layer, halves(module.weight.shape[1]))
-            module.weight.data[made[:, None] != read] = 0
-    inner: Any = nn.Sequential(*list(model)[:2]) if name == "stack" else model.join
-    seen: list[Tensor] = []
+    """No weight leads from one half of the channels to the other; behind [skip | up] a half is half of either."""
+    full: Any = network(name)
+    halves = lambda *widths: torch.cat([torch.arange(width) >= width // 2 for width in widths])  # noqa: E731
+    for layer, module in filtering_layers(full):
+        if module.weight.shape[1] > 4 and layer != "fc":  # neither the first, nor the depthwise, nor the grouped one
+            read = halves(8, 24) if layer == "join.0" else halves(module.weight.shape[1])
+            module.weight.data[halves(len(module.weight))[:, None] != read] = 0
+    x = torch.randn(2, *SHAPE)
+    features = full.features(x).chunk(2, 1)
     for group in range(2):
-        small: Any = diet(model, SHAPE, select=group, protect=("2.0",) if name == "stack" else ())[0]
-        parts = (inner, nn.Sequential(*list(small)[:2])) if name == "stack" else (inner, small.join)
-        seen.clear()
-        handles = [part.register_forward_hook(lambda module, inputs, output: seen.append(output)) for part in parts]
-        x = torch.randn(2, *SHAPE)
-        for network_, part in zip((model, small), parts, strict=True):
-            part(x) if name == "stack" else network_(x)
-        for handle in handles:
-            handle.remove()
-        whole, own = seen
-        torch.testing.assert_close(own, whole.chunk(2, 1)[group], rtol=1e-5, atol=1e-5)
+        small: Any = diet(full, SHAPE, select=group)[0]
+        torch.testing.assert_close(small.features(x), features[group], rtol=1e-5, atol=1e-5)
 
 
-def quarter_labels(width: int) -> list[int]:
-    return [0] * (width // 2) + [1] * (width // 2)
+@pytest.mark.parametrize("expanded", [False, True], ids=["plain", "kflo"])
+@pytest.mark.parametrize("name", ["cifar_quick", "mininet", "resnet"])
+def test_a_group_scores_the_sum_of_the_slices_that_it_would_keep(name: str, expanded: bool) -> None:
+    full = collapse(network(name, expanded)).state_dict()
+    small = collapse(diet(network(name, expanded), SHAPE)[0]).state_dict()
+    changed = {key: tensor for key, tensor in full.items() if tensor.shape != small[key].shape}
+    kernels = {f"{layer}.weight" for layer, _ in filtering_layers(network(name))}
+    sums: dict[str, list[float]] = {"sum": [], "abs": [], "weights_only": []}
+    for group in range(2):
+        slices = {key: narrowed(tensor, small[key], group).double() for key, tensor in changed.items()}
+        sums["sum"].append(sum(float(part.sum()) for part in slices.values()))
+        sums["abs"].append(sum(float(part.abs().sum()) for part in slices.values()))
+        sums["weights_only"].append(sum(float(part.sum()) for key, part in slices.items() if key in kernels))
+    for score, wanted in sums.items():
+        for select, best in (("max", max(wanted)), ("min", min(wanted))):
+            _, facts = diet(network(name, expanded), SHAPE, score=score, select=select)
+            assert facts["scores"] == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+            assert facts["group"] == wanted.index(best)
 
 
-def block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
+def test_first_takes_group_0_and_random_draws_one() -> None:
+    assert diet(network("stack"), SHAPE, groups=4, score="first")[1]["group"] == 0
+    draws = torch.Generator().manual_seed(0)
+    found = {str(diet(network("stack"), SHAPE, groups=4, score="random", generator=draws)[1]["group"]) for _ in range(40)}
+    assert found == set("0123")
+    dead = network("stack")
+    for tensor in dead.state_dict().values():
+        tensor.zero_()
+    assert diet(dead, SHAPE)[1]["group"] == 0  # of equal scores the first
+
+
+def test_what_cannot_be_divided_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"the 8 channels of layer features.0 do not divide into 3 groups"):
+        diet(network("stack"), SHAPE, groups=3)
+    with pytest.raises(InputError, match=r"the 16 channels of layer features.6 do not divide into 3 groups"):
+        diet(network("stack"), SHAPE, groups=3, protect=("features.[03]",))
+    with pytest.raises(InputError, match=r"protect = 'feature' matches no layer; layers are features.0, features.3"):
+        diet(network("stack"), SHAPE, protect=("feature",))
+    with pytest.raises(InputError, match="there is nothing to cut"):
+        diet(network("stack"), SHAPE, protect=("*",))
+    with pytest.raises(InputError, match="select = 2, but the 2 groups"):
+        diet(network("stack"), SHAPE, select=2)
+    with pytest.raises(ValueError, match="select must be max, min or a group from 0 to 1"):
+        options(select=2)
+
+
+def options(**changes: Any) -> Options:
+    fit = {"epochs": 1, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
+    fit |= {"schedule": "cosine", "label_smoothing": 0.0, "select": "last", "precision": "fp32"}
+    usual = {"method": "diet", "groups": 2, "score": "sum", "select": "max", "protect": [], "distill": None, "fit": fit}
+    return Options.model_validate(usual | changes)
+
+
+@pytest.mark.parametrize("expanded", [False, True], ids=["plain", "kflo"])
+def test_in_training_the_cut_comes_first_then_the_batch_norms_then_the_optimiser(make_run: Any, expanded: bool) -> None:
+    torch.manual_seed(0)
+    model = models.build("cifar_quick", input_shape=(1, 16, 16), classes=10)
+    hooks = [kflo.Hook()] if expanded else []
+    parent = train(make_run(overparameterize(model, width=2) if expanded else model, lr=0.05, epochs=2), hooks)
+    run = make_run(parent, epochs=1, lr=0.01)
+    trained = train(run, [*hooks, Distillation(Distill(loss="kl", weight=1.0, temperature=4.0)), create(options())])
+    cut, norms = run.events
+    assert (cut["kind"], cut["epoch"], norms["kind"]) == ("diet", 0, "batchnorm") and cut["full_width"] == ["fc2"]
+    assert norms["validation_accuracy_after"] > norms["validation_accuracy_before"] + 0.2
+    assert run.optimizer is not None and trained is not parent
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trained.parameters()}
+    assert [len(m.weight) for m in trained.modules() if isinstance(m, nn.BatchNorm2d)] == [16, 16, 32]
+    assert [len(m.weight) for m in parent.modules() if isinstance(m, nn.BatchNorm2d)] == [32, 32, 64]
+    assert run.notes == ["diet leaves fc2 at full width: protected, or what enters or leaves the network"]
+    assert len(group_channels(follow(parent, (1, 16, 16)), 2)) == 32 + 32 + 64 + 64
