@@ -114,8 +114,9 @@ class _Follower:
         self.modules = dict(traced.named_modules())
         uses = Counter(str(n.target) for n in traced.graph.nodes if n.op == "call_module")
         uses.update(str(n.target).rpartition(".")[0] for n in traced.graph.nodes if n.op == "get_attr")
-        # Layers whose tensors serve more than once must stay as they are.
-        self.shared = {name for name, count in uses.items() if count > 1 and any(True for _ in self.modules[name].parameters())}
+        # What serves more than once and has widths of its own must stay as it is.
+        free = (*CHANNELWISE_MODULES, nn.Flatten)
+        self.shared = {name for name, count in uses.items() if count > 1 and not isinstance(self.modules[name], free)}
         self.ids: dict[fx.Node, list[int]] = {}
         for node in traced.graph.nodes:
             ids = self.visit(node)

@@ -48,7 +48,7 @@ class Data(Section):
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "folder"]
     root: str  # folder (or, for cifar10, also an .npz file) that holds the raw data
     download: bool  # let torchvision fetch what is missing
-    image_size: int | None = Field(ge=1)  # resize to a square of so many pixels; null keeps the size
+    image_size: int | None = Field(ge=1, le=16384)  # resize to a square of so many pixels; null keeps the size
     storage: Literal["auto", "memory", "stream"]
     validation: float = Fraction  # share of the training images held out for every selection
     test: float = Fraction  # share held out for the test where the data has no test split of its own

@@ -67,7 +67,7 @@ def probe(uri: str, timeout_s: int) -> None:
         elif parts.hostname and scheme in PORTS:
             socket.create_connection((parts.hostname, parts.port or PORTS[scheme]), timeout_s).close()
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not isinstance(error, OSError):
+        if isinstance(error, ValueError):
             raise InputError(f"MLFLOW_TRACKING_URI {shown(uri)} is no address: {error}") from None
         raise Unreachable(f"the MLflow server at {shown(uri)} does not answer") from None
 

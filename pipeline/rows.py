@@ -63,9 +63,9 @@ class Report:
 
     @property
     def costs(self) -> list[str]:
-        """The columns that accuracy is traded for, those that any row has."""
+        """The columns that accuracy is traded for, those that any compared row has beside its accuracy."""
         keys = [*COSTS, *(f"latency_{setting}_p50_ms" for setting in self.settings)]
-        return [key for key in keys if any(key in row.values for row in self.rows)]
+        return [key for key in keys if any({key, ACCURACY} <= row.values.keys() for row in self.compared)]
 
     def why_missing(self, row: Row, key: str) -> str:
         """Why `row` has no figure in the column `key`."""

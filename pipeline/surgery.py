@@ -110,6 +110,7 @@ def _cut_grouped(name: str, layer: nn.Conv2d, outputs: Tensor, inputs: Tensor) -
         keep(layer, outputs, staying[0])
     else:
         columns = torch.stack([inside[group] for group in (outputs // group_out).tolist()])  # (outputs, inputs a group)
+        columns = columns.to(layer.weight.device)
         kernels = layer.weight.detach()[outputs]
         keep(layer, outputs, staying[0])
         layer.weight = nn.Parameter(kernels.gather(1, columns[..., None, None].expand(-1, -1, *kernels.shape[2:])))
@@ -135,14 +136,19 @@ def _cut_channelwise(name: str, module: Any, kept: Tensor) -> None:
 
 def _cut_select(module: Any, channels: Channels, alive: set[int], read: list[int], made: list[int]) -> None:
     there = _positions(channels, read, alive)
-    module.index = torch.searchsorted(there, module.index[_positions(channels, made, alive)])
+    wanted = module.index.cpu()[_positions(channels, made, alive)]
+    module.index = torch.searchsorted(there, wanted).to(module.index.device)
 
 
 def _wrap(model: nn.Module, name: str, index: Tensor) -> None:
-    """Put a `ChannelSelect` in front of the layer `name`, which becomes `name.layer`."""
+    """Put a `ChannelSelect` in front of the layer `name`, which becomes `name.layer`; or narrow the one that is there."""
     parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
+    owner: Any = model.get_submodule(parent)
     layer = owner.get_submodule(child)
+    index = index.to(next(layer.parameters()).device)
+    if isinstance(owner, nn.Sequential) and list(owner._modules) == ["select", "layer"] and child == "layer":
+        owner.select.index = owner.select.index[index]
+        return
     wrapped = nn.Sequential()
     wrapped.add_module("select", ChannelSelect(index))
     wrapped.add_module("layer", layer)

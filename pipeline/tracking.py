@@ -119,7 +119,7 @@ class _Publisher:
                 self.client.log_text(run_id, chart.standalone(svg), f"plots/{name}.svg")
         for name in chain.records.get("export", {}).get("artifacts", []):
             if name.endswith(".onnx"):
-                _log_model(run_id, _folder(self.root, chain.records["export"]) / name)
+                self._log_model(run_id, parameters, _folder(self.root, chain.records["export"]) / name)
         self.client.set_terminated(run_id, "FINISHED", max(end for _, end in spans))
 
     def _add_stage(self, parent: str, stage: str, record: Record) -> None:
@@ -151,7 +151,7 @@ class _Publisher:
         from mlflow.entities import Metric, Param
 
         texts = {
-            key: value if len(value) <= LONGEST else f"{value[: LONGEST - 40]}… whole in record.json"
+            key: value if len(value) <= LONGEST else f"{value[: LONGEST - 30]}… whole in the artifacts"
             for key, value in parameters.items()
         }
         params = [Param(key, value) for key, value in texts.items()]
@@ -184,6 +184,22 @@ class _Publisher:
         profile = json.dumps(prepared["metrics"])
         dataset = Dataset(name, digest, "local", json.dumps({"uri": str(source.get("root", name))}), profile=profile)
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def _log_model(self, run_id: str, parameters: dict[str, str], path: Path) -> None:
+        """The ONNX file as an MLflow model of a run, with its signature."""
+        import mlflow.onnx as flavor
+        import onnx
+        from google.protobuf.message import DecodeError
+        from mlflow.models import Model
+
+        try:
+            proto = onnx.load_model(path)  # MLflow changes the one it is given: a fresh one each time
+        except DecodeError as error:
+            raise InputError(f"{path} is no ONNX file ({error}): delete its folder and run `dvc repro`") from None
+        settings: dict[str, Any] = {"signature": _signature(proto), "pip_requirements": _pip_requirements()}
+        # Made here, because `Model.log` by itself would take the default experiment.
+        made = self.client.create_logged_model(self.experiment_id, "model", run_id, params=parameters)
+        Model.log(None, flavor, run_id=run_id, model_id=made.model_id, onnx_model=proto, save_as_external_data=False, **settings)
 
     def _delete(self, doomed: list["Run"], runs: list["Run"]) -> None:
         """Runs with their stages and models; the top-level run last, so that an interruption leaves it to be found again."""
@@ -249,18 +265,11 @@ def _span(record: Record) -> tuple[int, int]:
     return round(start * 1000), round((start + record["seconds"]) * 1000)
 
 
-def _log_model(run_id: str, path: Path) -> None:
-    """The ONNX file as an MLflow model of a run, with its signature."""
-    import mlflow.onnx
-    import onnx
-    from mlflow.models import Model
-
-    proto = onnx.load_model(path)  # MLflow changes the one it is given: a fresh one each time
+def _pip_requirements() -> list[str]:
+    """What a server needs to answer with the ONNX file."""
     packages = [f"{name}=={version}" for name in ("onnx", "numpy") if (version := _version(name))]
     runtime = _version("onnxruntime") or _version("onnxruntime-gpu")
-    packages += [f"onnxruntime=={runtime}"] if runtime else ["onnxruntime"]
-    settings: dict[str, Any] = {"signature": _signature(proto), "pip_requirements": packages, "save_as_external_data": False}
-    Model.log(None, mlflow.onnx, run_id=run_id, name="model", onnx_model=proto, **settings)
+    return [*packages, f"onnxruntime=={runtime}" if runtime else "onnxruntime"]
 
 
 def _signature(proto: Any) -> "ModelSignature":

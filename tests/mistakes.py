@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 from raw_data import image_folder
 from small_chain import parameters, write_parameters
 
 Change = Callable[[], Any]
-CUT = object()  # in place of a value: take it out
+CUT = "(cut out)"  # in place of a value: take it out
+
+
+def nothing() -> None:
+    """What is wrong is elsewhere."""
 
 
 def put(key: str, value: Any) -> Change:
@@ -92,9 +97,17 @@ def file_for_folder(path: Path) -> Change:
     return change
 
 
-def images(**folders: str) -> Change:
-    """Class folders of two images each below raw/NAME."""
-    return lambda: [image_folder(Path("raw") / name, 2, tuple(classes.split())) for name, classes in folders.items()]
+def folder_for_file(path: Path) -> Change:
+    def change() -> None:
+        path.unlink()
+        path.mkdir()
+
+    return change
+
+
+def images(folders: dict[str, str]) -> Change:
+    """Class folders of four images each below raw/NAME."""
+    return lambda: [image_folder(Path("raw") / name, 4, tuple(classes.split())) for name, classes in folders.items()]
 
 
 def both(*changes: Change) -> Change:
@@ -113,8 +126,11 @@ def foreign_onnx(path: Path) -> Change:
 
 
 @contextlib.contextmanager
-def full_disk(folder: Path) -> Iterator[str]:
-    """Let `folder` be on a disk that is nearly full, as root a real one; gives the system's words for a failed write."""
+def disk(folder: Path, read_only: bool = False) -> Iterator[str]:
+    """Let `folder` be on a small disk of its own with 64 KiB left, or none that can be written; gives the system's words.
+
+    Only root can mount one; for others no file can grow beyond 64 KiB, and what needs a disk is skipped.
+    """
     room = sum(file.stat().st_size + 8192 for file in folder.rglob("*")) + 65536
     kept = folder.with_name(f"{folder.name}-kept")
     folder.rename(kept)
@@ -122,15 +138,18 @@ def full_disk(folder: Path) -> Iterator[str]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], capture_output=True).returncode == 0
     shutil.copytree(kept, folder, dirs_exist_ok=True)
     shutil.rmtree(kept)
+    if not mounted:
+        if read_only:
+            pytest.skip("only root can mount a disk")
+        with small_files():
+            yield "File too large"
+        return
     try:
-        if mounted:
-            yield "No space left on device"
-        else:
-            with small_files():
-                yield "File too large"
+        if read_only:
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        yield "Read-only file system" if read_only else "No space left on device"
     finally:
-        if mounted:
-            subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", folder], check=True)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def parameters() -> dict[str, Any]:
     restart = {"reset": "uniform", "scope": "filter", "criterion": "per_example", "ranking_batches": 1, "ranking_dropout": False}
     restart |= {"divisor": 3, "restarts": 1, "final_epochs": 0, "patience": None, "max_drop": 0.5, "target": None}
     diet = {"groups": 2, "score": "sum", "select": "max", "protect": [], "distill": None}
-    still = fit | {"epochs": 0}
+    expansion = {"method": "kflo", "depth": 2, "width": 1.5, "l2_factor": 1.0, "mixer_decay": 1e-9}
     return {
         "seed": [0],
         "data": data | {"test": 0.4, "split_seed": 0, "mean": "auto", "std": "auto"},
@@ -46,12 +46,12 @@ def parameters() -> dict[str, Any]:
         },
         "variants": {"revive": ["finetune"], "compress": ["none", "diet"]},
         "revive": {
-            "finetune": {"method": "finetune", "fit": still},
-            "restart": {"method": "restart", "include_residual": False, "batchnorm": "reset", "fit": fit} | restart,
+            "finetune": {"method": "finetune", "fit": fit | {"epochs": 0}},
+            "restart": {"method": "restart", "include_residual": False, "batchnorm": "reset", "fit": dict(fit)} | restart,
         },
         "compress": {
-            "none": {"method": "finetune", "distill": None, "fit": still},
-            "diet": {"method": "diet", "fit": still} | diet,
+            "none": {"method": "finetune", "distill": None, "fit": fit | {"epochs": 0}},
+            "diet": {"method": "diet", "fit": fit | {"epochs": 0}} | diet,
         },
         "export": {"opset": 20, "atol": 1e-4, "rtol": 1e-3},
         "profile": {"control": "finetune-none", "providers": ["cpu"], "threads": 1, "batch_sizes": [1]}
@@ -81,6 +81,23 @@ def build(folder: Path) -> None:
         write_parameters(folder, parameters())
         for words in CHAIN:
             assert call(*words) == 0, words
+
+
+def outputs() -> dict[Path, bytes]:
+    """Every output, but for states of unfinished trainings."""
+    return {path: path.read_bytes() for path in stages.OUTPUTS.rglob("*") if path.is_file() and stages.RESUME not in path.parents}
+
+
+def refused(words: tuple[str, ...], capfd: pytest.CaptureFixture[str], lines: int = 1) -> str:
+    """What the stage says when it refuses; checks that it says nothing else and leaves every output as it was."""
+    before = outputs()
+    capfd.readouterr()
+    code = call(*words)
+    said = capfd.readouterr().err
+    assert code == 2, said
+    assert len(said.splitlines()) == lines and said.endswith("\n"), said
+    assert before and outputs() == before
+    return said
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ def test_law_on_the_zoo(name: str, expand: bool) -> None:
     again = draw_reads(smaller, shape, seed=4)
     smallest = shrink(smaller, shape, again)
     assert difference(masked(smaller, again), smallest, shape) < CLOSE
+    assert not any(".layer.layer" in layer for layer, _ in filtering_layers(smallest))  # one select a layer, at most
     assert parameters(model) > parameters(smaller) > parameters(smallest)
 
 
@@ -91,6 +92,24 @@ def test_structure_makes_the_same_modules_again(program: dict[str, Any], seed: i
         for model in (rebuilt, smaller)
     ]
     assert described[0] == described[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("expand", [False, True], ids=["plain", "kflo"])
+def test_surgery_on_a_gpu_gives_the_same_network(expand: bool) -> None:
+    name = "resnet"
+    shape, model = shape_of(name), build(name, expand)
+    first, second = draw_reads(model, shape, 3), {"fc": torch.arange(64) % 3 > 0}
+    here = shrink(shrink(model, shape, first), shape, second)
+    model.to("cuda")
+    on_gpu = {layer: mask.to("cuda") for layer, mask in first.items()}
+    there = shrink(shrink(model, shape, on_gpu), shape, second)
+    assert {tensor.device.type for tensor in there.state_dict().values()} == {"cuda"}
+    assert there(torch.randn(2, *shape, device="cuda")).isfinite().all()
+    assert difference(here, there.cpu(), shape) == 0
+    grouped = shrink(randomise(Grouped()).to("cuda"), SMALL, {"middle": mask(6, 0, 3, 4), "last": mask(9, 0, 4, 8)})
+    assert grouped(torch.randn(2, *SMALL, device="cuda")).isfinite().all()
 
 
 def test_parameters_fall_by_hand_count() -> None:

@@ -11,6 +11,7 @@ Where a layer reads something else than a batch norm's ReLU (a residual add, max
 training images. Applied to every ungrouped convolution but those that read the network's input.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ class Options(CompressBlock):
 
     method: Literal["selective"]
     gamma: float = Field(gt=0, lt=1)  # share of any output's activity that one deallocation may close; 0.001 as published
+    multiple: int = Field(ge=1)  # close only so many channels that those left are a multiple; 1 as published
     until: float = Field(gt=0, le=1)  # deallocate after each epoch of this first share of the training; 0.5 as published
     mean_batches: int = Field(ge=1)  # training batches behind a measured mean
 
@@ -48,14 +50,18 @@ def ecdm(weight: Tensor, mean: Tensor, gate: Tensor) -> Tensor:
     return weight.detach().float().sum((2, 3)) * (mean * gate)
 
 
-def deallocate(matrix: Tensor, gamma: float) -> Tensor:
-    """The channels to close: a mask (I,) for a damage matrix (O, I). Where all of it could go, nothing is closed."""
+def deallocate(matrix: Tensor, gamma: float, multiple: int = 1) -> Tensor:
+    """The channels to close: a mask (I,) for a damage matrix (O, I). Where all of it could go, nothing is closed.
+
+    With `multiple`, the prefix ends where the channels left open are a multiple of it: odd widths cost more time than they save.
+    """
     shares = matrix.abs() / (matrix.abs().sum(1, keepdim=True) + 1e-8)
     order = shares.amax(0).argsort(stable=True)
     lost = shares[:, order].cumsum(1).amax(0)  # of any output, when this channel and those before it are closed
     exceeded = (lost > gamma).nonzero()
-    prefix = int(exceeded[0]) if len(exceeded) else 0
-    return torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device).index_fill(0, order[:prefix], True)
+    prefix, channels = int(exceeded[0]) if len(exceeded) else 0, matrix.shape[1]
+    prefix = max(channels - math.ceil((channels - prefix) / multiple) * multiple, 0)
+    return torch.zeros(channels, dtype=torch.bool, device=matrix.device).index_fill(0, order[:prefix], True)
 
 
 def eligible(model: nn.Module, channels: Channels) -> dict[str, nn.Conv2d]:
@@ -139,7 +145,7 @@ class Selective(hooks.Hook):
             else:
                 norm: Any = run.model.get_submodule(self.channels.relu_source[name])
                 mean = activity(norm.weight, norm.bias)
-            layer.gate[deallocate(ecdm(layer.weight, mean, layer.gate), self.options.gamma)] = 0.0
+            layer.gate[deallocate(ecdm(layer.weight, mean, layer.gate), self.options.gamma, self.options.multiple)] = 0.0
             rows.append({"name": name, "open": int(layer.gate.sum()), "inputs": layer.in_channels})
         run.log("dealloc", layers=rows, open=sum(row["open"] for row in rows))
 
