@@ -107,15 +107,16 @@ def load(folder: Path, data: Prepared | None = None) -> tuple[nn.Module, dict[st
     path = folder / "model.safetensors"
     state = _read_weights(path, card["weights_sha256"])
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
             model = build(card)
             if card["expansion"]:
                 overparameterize.overparameterize(model, card["expansion"]["method"], **card["expansion"]["arguments"])
-            restructure(model, card["channels"])
+        restructure(model, card["channels"])
     except Exception as error:  # what a wrong card leads to inside torch has no common class
         raise _damaged(folder / "model.json", f"no network can be built from it: {error!r}") from None
     _check_keys(path, model.state_dict(), state)
-    model.load_state_dict(state)
+    assert state.keys() >= {name for name, _ in model.named_buffers()}, "a buffer outside the state dict would have no value"
+    model.to_empty(device="cpu").load_state_dict(state)
     return model.eval(), card
 
 

@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 
 COLORS = ("#0b63a5", "#b3500a", "#0f766e", "#8a3a8f", "#7a6200", "#b0243f", "#4b5563", "#3f6212")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-SETTINGS: Any = {"svg.hashsalt": "winnow", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+SETTINGS: Any = {
+    "svg.hashsalt": "winnow",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+    "svg.hashsalt": "winnow",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def write(report: Report, folder: Path) -> None:

@@ -16,7 +16,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +23,11 @@ from pipeline import chart, files, story
 from pipeline.config import Tracking
 from pipeline.errors import InputError
 from pipeline.lineage import OWN, Chain, Record, chains, flat_parameters
-from pipeline.mlflow_session import Unreachable, session
+from pipeline.tracking_model import log_model
+from pipeline.tracking_server import Unreachable, session
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-    from mlflow.models import ModelSignature
 
 __all__ = ["Published", "Unreachable", "publish"]
 
@@ -119,7 +118,7 @@ class _Publisher:
                 self.client.log_text(run_id, chart.standalone(svg), f"plots/{name}.svg")
         for name in chain.records.get("export", {}).get("artifacts", []):
             if name.endswith(".onnx"):
-                self._log_model(run_id, parameters, _folder(self.root, chain.records["export"]) / name)
+                log_model(self.client, self.experiment_id, run_id, parameters, _folder(self.root, chain.records["export"]) / name)
         self.client.set_terminated(run_id, "FINISHED", max(end for _, end in spans))
 
     def _add_stage(self, parent: str, stage: str, record: Record) -> None:
@@ -185,22 +184,6 @@ class _Publisher:
         dataset = Dataset(name, digest, "local", json.dumps({"uri": str(source.get("root", name))}), profile=profile)
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def _log_model(self, run_id: str, parameters: dict[str, str], path: Path) -> None:
-        """The ONNX file as an MLflow model of a run, with its signature."""
-        import mlflow.onnx as flavor
-        import onnx
-        from google.protobuf.message import DecodeError
-        from mlflow.models import Model
-
-        try:
-            proto = onnx.load_model(path)  # MLflow changes the one it is given: a fresh one each time
-        except DecodeError as error:
-            raise InputError(f"{path} is no ONNX file ({error}): delete its folder and run `dvc repro`") from None
-        settings: dict[str, Any] = {"signature": _signature(proto), "pip_requirements": _pip_requirements()}
-        # Made here, because `Model.log` by itself would take the default experiment.
-        made = self.client.create_logged_model(self.experiment_id, "model", run_id, params=parameters)
-        Model.log(None, flavor, run_id=run_id, model_id=made.model_id, onnx_model=proto, save_as_external_data=False, **settings)
-
     def _delete(self, doomed: list["Run"], runs: list["Run"]) -> None:
         """Runs with their stages and models; the top-level run last, so that an interruption leaves it to be found again."""
         for top in doomed:
@@ -265,39 +248,7 @@ def _span(record: Record) -> tuple[int, int]:
     return round(start * 1000), round((start + record["seconds"]) * 1000)
 
 
-def _pip_requirements() -> list[str]:
-    """What a server needs to answer with the ONNX file."""
-    packages = [f"{name}=={version}" for name in ("onnx", "numpy") if (version := _version(name))]
-    runtime = _version("onnxruntime") or _version("onnxruntime-gpu")
-    return [*packages, f"onnxruntime=={runtime}" if runtime else "onnxruntime"]
-
-
-def _signature(proto: Any) -> "ModelSignature":
-    """Names and shapes of the graph's inputs and outputs; -1 stands for the batch."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-    from onnx import helper
-
-    def specs(values: Any) -> Schema:
-        rows = []
-        for value in values:
-            tensor = value.type.tensor_type
-            shape = [axis.dim_value if axis.HasField("dim_value") else -1 for axis in tensor.shape.dim]
-            rows.append(TensorSpec(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape, value.name))
-        return Schema(rows)
-
-    return ModelSignature(inputs=specs(proto.graph.input), outputs=specs(proto.graph.output))
-
-
 def _color(index: int) -> str:
     """A colour in MLflow's charts that differs from those of its neighbours: hues a golden section apart."""
     parts = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.65, 0.5 + 0.1 * (index % 4))
     return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -6,9 +6,9 @@ from pathlib import Path
 from pipeline import files
 from pipeline.config import Tracking, Variants, read_params, section
 from pipeline.lineage import select
-from pipeline.mlflow_session import shown
 from pipeline.records import read_records
 from pipeline.tracking import Unreachable, publish
+from pipeline.tracking_server import shown
 from stages import OUTPUTS, folder, run
 
 

@@ -40,10 +40,7 @@ def parameters() -> dict[str, Any]:
         "augment": {"pad": 1, "pad_mode": "zero", "flip": False},
         "runtime": {"device": "cpu", "threads": 1, "workers": 0},
         "model": {"name": "cifar_quick"},
-        "train": {
-            "overparameterize": {"method": "kflo", "depth": 2, "width": 1.5, "l2_factor": 1.0, "mixer_decay": 1e-9},
-            "fit": fit,
-        },
+        "train": {"overparameterize": expansion, "fit": dict(fit)},
         "variants": {"revive": ["finetune"], "compress": ["none", "diet"]},
         "revive": {
             "finetune": {"method": "finetune", "fit": fit | {"epochs": 0}},

@@ -235,6 +235,11 @@ def test_cutting_the_closed_channels_changes_no_output(make_run: Any, norms: boo
     assert batchnorm["validation_accuracy_after"] == evaluate(small, run.validation).accuracy
     assert not any("gate" in name for name in small.state_dict())
     assert not any(module._forward_pre_hooks for module in small.modules())
-    # What nobody reads any more is gone; where others read on, a selection stands in front of the layer.
-    assert collapse(small).first.weight.shape[0] <= 8 and small.averaged.weight.shape[1] == int(gates["averaged"].sum())
-    assert isinstance(small.rectified[0], ChannelSelect)
+    # What nobody reads any more is gone; a selection stands only in front of a layer that reads less than others do.
+    collapse(small)
+    trunk = int((gates["rectified"] + gates["averaged"] > 0).sum())
+    for name, gate in gates.items():
+        layer, left, there = getattr(small, name), int(gate.sum()), trunk if name != "pooled" else int(gates["pooled"].sum())
+        assert isinstance(layer, nn.Sequential) is (left < there)
+        assert (layer.layer if left < there else layer).weight.shape[1] == left
+    assert len(small.first.weight) == trunk < 8 and (norms or any(isinstance(m, ChannelSelect) for m in small.modules()))

@@ -17,8 +17,8 @@ import sample_records
 
 from pipeline.config import Tracking
 from pipeline.errors import InputError
-from pipeline.mlflow_session import shown
 from pipeline.tracking import Published, Unreachable, publish
+from pipeline.tracking_server import shown
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
