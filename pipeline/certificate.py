@@ -26,7 +26,7 @@ def certify(before: nn.Module, after: nn.Module, batches: Batches) -> dict[str, 
         agree += int((old.argmax(1) == new.argmax(1)).sum())
         correct += int((new.argmax(1) == labels).sum())
         count += len(labels)
-    if not worst <= TOLERANCE * largest.clamp(min=1.0):
+    if not (worst.isfinite() and worst <= TOLERANCE * largest.clamp(min=1.0)):
         raise InputError(
             f"collapse: the merged network differs by {worst:.3g} from the trained one (largest logit {largest:.3g}); "
             "its kernels may be too large for fp32: lower the learning rate or the depth of the over-parameterisation"

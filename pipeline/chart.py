@@ -93,11 +93,10 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, x_factor: float
     corners = [(x.at(a), y.at(b)) for a, b in front]
     steps = [*corners[:1], *(corner for one, two in pairwise(corners) for corner in ((two[0], one[1]), two))]
     body.append(f'<path class="front" d="{_path(steps)}"/>')
-    spots = [(x.at(point.x / x_factor), y.at(100 * point.y)) for point in points]
+    spots = _side_by_side([(x.at(point.x / x_factor), y.at(100 * point.y)) for point in points])
     placed = [(left - 9, top + 4, left + 9) for left, top in spots]  # no label on a marker
     labels = []
-    for point in sorted(points, key=lambda point: not point.front):
-        left, top = x.at(point.x / x_factor), y.at(100 * point.y)
+    for point, (left, top) in sorted(zip(points, spots, strict=True), key=lambda pair: not pair[0].front):
         if point.front:
             labels += _label(point.name, left, top, placed)
         ends = y.at(100 * (point.y - point.error)), y.at(100 * (point.y + point.error))
@@ -174,6 +173,20 @@ def shape(kind: int, x: float, y: float, r: float) -> str:
     if name == "circle":
         return f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z"
     return _path([(x + r * dx, y + r * dy) for dx, dy in corners[name]]) + "z"
+
+
+def _side_by_side(spots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Positions at which no marker hides another: those within 5 units of each other stand in a row, 15 apart."""
+    groups: list[list[int]] = []
+    for index, (left, top) in enumerate(spots):
+        near = (g for g in groups if abs(spots[g[0]][0] - left) < 5 and abs(spots[g[0]][1] - top) < 5)
+        group = next(near, None)
+        if group is None:
+            groups.append([index])
+        else:
+            group.append(index)
+    shifts = {index: 15 * (place - (len(group) - 1) / 2) for group in groups for place, index in enumerate(group)}
+    return [(left + shifts[index], top) for index, (left, top) in enumerate(spots)]
 
 
 def _mark(point: Point, left: float, top: float, ends: tuple[float, float]) -> str:

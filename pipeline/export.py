@@ -62,9 +62,7 @@ def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: in
     onnx.helper.set_model_props(proto, _metadata(card))
     found = {entry.domain: entry.version for entry in proto.opset_import}
     if found != {"": opset}:
-        raise ExportError(
-            f"{path}: asked for ONNX opset {opset}, the exporter gave {found}: choose an opset it supports"
-        )
+        raise ExportError(f"{path}: asked for ONNX opset {opset}, the exporter gave {found}: choose an opset it supports")
     onnx.checker.check_model(proto, full_check=True)
     files.write_bytes(path, proto.SerializeToString(deterministic=True))
 
@@ -202,9 +200,7 @@ def _answers(
     except Exception as error:  # ONNX Runtime's errors share no narrower base class
         raise ExportError(f"{path} does not run on images {pixels.shape}: {' '.join(str(error).split())}") from None
     if theirs.shape != ours.shape:
-        raise ExportError(
-            f"{path} gives logits {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}"
-        )
+        raise ExportError(f"{path} gives logits {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}")
     return theirs, ours
 
 

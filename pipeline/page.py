@@ -214,7 +214,7 @@ def _stages(report: Report, row: Row, chain: Chain) -> str:
         metrics, kept = record["metrics"], story.total_channels(record)
         proof = ""
         if "max_abs_difference" in metrics:
-            proof = f"largest difference {metrics['max_abs_difference']:.1e}, same class {metrics['top1_agreement']:.2%}"
+            proof = f"largest difference {metrics['max_abs_difference']:.1e}, same class {write_figure(metrics['top1_agreement'], 'percent')}"
         cells = [story.method(record), _figure(metrics, "test_accuracy", "percent"), _figure(metrics, "parameters", "count")]
         cells += [f"{kept[0]} of {kept[1]}" if kept else "", proof, f"{record['seconds']:.1f} s"]
         lines.append(f"<tr><th scope=row>{escape(stage)}</th>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>")

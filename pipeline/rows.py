@@ -5,6 +5,7 @@ control / variant, so that larger is better, as a speed-up is; the change of acc
 Over several seeds a row a variant holds the mean and the sample standard deviation (n - 1), n being `count`.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pipeline.lineage import Chain, chains
 
 ACCURACY = "accuracy_onnx"
 COSTS = ("macs", "size_mb")  # and every latency_..._p50_ms
+TIE = 0.02  # share by which costs may differ and count as equal: the text in an ONNX file alone makes sizes differ
 RATIOS = {"parameters_ratio": "parameters", "macs_ratio": "macs", "size_ratio": "size_mb"}
 SOURCES = {  # column: the stages that may hold it and its name there, the first found counts
     "accuracy_train": [("train", "test_accuracy")],
@@ -114,16 +116,17 @@ def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
 
 
 def picks(report: Report) -> dict[str, Row]:
-    """The rows a reader looks for, all on a front: "most accurate", "smallest" and "fastest"; a tie falls to the more accurate,
-    then to the smaller. A pick whose figures are missing is left out."""
+    """The rows a reader looks for, all on a front: "most accurate", "smallest" and "fastest". Costs within `TIE` of the least
+    count as equal, and the more accurate of them is picked. A pick whose figures are missing is left out."""
     latency = next((cost for cost in report.costs if cost.startswith("latency_cpu")), None)
     latency = latency or next((cost for cost in report.costs if cost.startswith("latency_")), None)
     chosen: dict[str, Row] = {}
-    for title, key, sign in (("most accurate", ACCURACY, -1), ("smallest", "size_mb", 1), ("fastest", latency, 1)):
+    for title, key, tie in (("most accurate", "size_mb", math.inf), ("smallest", "size_mb", TIE), ("fastest", latency, TIE)):
         known = [row for row in report.compared if key in row.values and ACCURACY in row.values]
         if key and known:
-            rank = lambda row: (sign * row.values[key], -row.values[ACCURACY], row.values.get("size_mb", 0.0))  # noqa: B023, E731
-            chosen[title] = min(known, key=rank)
+            limit = min(row.values[key] for row in known) * (1 + tie)
+            cheap = [row for row in known if row.values[key] <= limit]
+            chosen[title] = min(cheap, key=lambda row: (-row.values[ACCURACY], row.values[key]))  # noqa: B023
     return chosen
 
 

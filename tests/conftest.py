@@ -1,6 +1,7 @@
 """Digits prepared once for all tests, and trainings on them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,3 +55,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Prep
         return Prepared(folder, "random", names, shape, half, half, "random", counts, storage="memory", root=None)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The first digits: 192 to train on, 64 to validate, 64 to test."""
+    folder = tmp_path_factory.mktemp("tiny")
+    counts = dict(zip(SPLITS, (192, 64, 64), strict=True))
+    for split, count in counts.items():
+        for kind in ("images", "labels"):
+            np.save(folder / f"{split}_{kind}.npy", np.load(prepared.folder / f"{split}_{kind}.npy")[:count])
+    return replace(prepared, folder=folder, counts=counts)

@@ -144,9 +144,7 @@ def test_metadata_comes_back_as_it_was_given_also_from_the_session(exported: tup
     assert open_session(path).get_modelmeta().custom_metadata_map.keys() == found.keys()
 
 
-def test_two_exports_are_equal_byte_for_byte_also_from_another_process(
-    one: tuple[nn.Module, Path], tmp_path: Path
-) -> None:
+def test_two_exports_are_equal_byte_for_byte_also_from_another_process(one: tuple[nn.Module, Path], tmp_path: Path) -> None:
     export(one[0], card("select"), tmp_path / "again.onnx", 20)
     assert (tmp_path / "again.onnx").read_bytes() == one[1].read_bytes()
     code = (
@@ -263,9 +261,7 @@ def test_cuda_is_absent_here_and_the_reason_is_told(one: tuple[nn.Module, Path])
 
 
 @no_gpu
-def test_session_that_fell_back_to_the_cpu_is_not_taken(
-    one: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_that_fell_back_to_the_cpu_is_not_taken(one: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.inference._require_cuda", lambda _: None)  # as where a driver is but no CUDA library
     with pytest.raises(AbsentProvider):
         open_session(one[1], "cuda")

@@ -90,9 +90,7 @@ def test_interval_holds_the_true_median_in_95_of_100_samples() -> None:
 def test_percentiles_interval_and_throughput_of_known_timings() -> None:
     times = np.random.default_rng(1).permutation(np.arange(1, 101, dtype=float))
     found = latency.statistics(times, 8)
-    assert (
-        found["p50_ms"] == 50.5 and found["p90_ms"] == pytest.approx(90.1) and found["p99_ms"] == pytest.approx(99.01)
-    )
+    assert found["p50_ms"] == 50.5 and found["p90_ms"] == pytest.approx(90.1) and found["p99_ms"] == pytest.approx(99.01)
     assert (found["ci_low_ms"], found["ci_high_ms"]) == (40, 61)
     assert found["throughput_images_per_s"] == pytest.approx(8 * 1000 / 50.5)
 
@@ -238,8 +236,7 @@ def test_peak_memory_is_that_of_the_network_not_of_this_process(networks: tuple[
 
 def test_hardware_is_the_same_every_time_and_names_no_machine() -> None:
     code = (
-        "import json, sys; from pipeline import hardware; print(json.dumps(hardware.describe())); "
-        "assert 'torch' not in sys.modules"
+        "import json, sys; from pipeline import hardware; print(json.dumps(hardware.describe())); assert 'torch' not in sys.modules"
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     found = hardware.describe()

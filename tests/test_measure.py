@@ -66,9 +66,7 @@ def test_normalisation_activation_pooling_and_addition_count_nothing_and_are_kno
         ("densenet121", 7_978_856, 2_834_161_664),
     ],
 )
-def test_torchvision_networks_have_their_published_counts(
-    name: str, published_parameters: int, published_macs: int
-) -> None:
+def test_torchvision_networks_have_their_published_counts(name: str, published_parameters: int, published_macs: int) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None)
     found = count(model.to_empty(device="cpu").eval(), (3, 224, 224))
