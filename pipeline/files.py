@@ -19,6 +19,7 @@ def write_together(contents: dict[Path, bytes]) -> None:
     partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
     for path in contents:
         _make_folder(path.parent)
+        _sweep(path)
     try:
         for path, partial in partials.items():
             try:
@@ -67,3 +68,14 @@ def _make_folder(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), folder)
         raise InputError(f"{way} is a file where a folder is needed: move it away") from None
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left of their writes to `path`."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        try:
+            os.kill(int(partial.name.split(".")[-2]), 0)
+        except (ProcessLookupError, ValueError):
+            partial.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # of another user's living process

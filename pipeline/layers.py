@@ -74,7 +74,7 @@ def edit(
     The parameters behind the tensor keep their identity, so an optimiser stays valid; an expanded layer moves its own
     parameters as little as possible (`right_inverse`). With an `optimizer`, its running averages of this tensor's gradient
     (SGD's momentum, Adam's first and second moment) are edited instead of the tensor: through the same linear map where the
-    layer is expanded.
+    layer is expanded. There Adam's second moment stays: no linear map keeps squares positive.
     """
     if optimizer is None:
         old = getattr(layer, name)
@@ -85,13 +85,13 @@ def edit(
         return
     if parametrize.is_parametrized(layer, name):
         parameters: Any = layer.parametrizations[name]  # type: ignore[union-attr,index]
-        for moment in _moments(optimizer, parameters.original):
+        for moment in _moments(optimizer, parameters.original, ("momentum_buffer", "exp_avg")):
             moment.copy_(parameters[0].solve(moment, change(parameters[0](moment))))
     else:
-        for moment in _moments(optimizer, getattr(layer, name)):
+        for moment in _moments(optimizer, getattr(layer, name), ("momentum_buffer", "exp_avg", "exp_avg_sq")):
             moment.copy_(change(moment.clone()))
 
 
-def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor, keys: tuple[str, ...]) -> list[Tensor]:
     state = optimizer.state.get(parameter, {})
-    return [state[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if isinstance(state.get(key), Tensor)]
+    return [state[key] for key in keys if isinstance(state.get(key), Tensor)]

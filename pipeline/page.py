@@ -69,7 +69,7 @@ def _summary(report: Report) -> str:
     cards = []
     for name, told in titles.items():
         row = rows[name]
-        title = " and ".join(told)
+        title = " and ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
         compared = "the same training without a method" if row.control else _against_control(row)
         cards.append(
             f"<li><h3>{escape(title.capitalize())}</h3><p class=who><a href='#{_anchor(report, row)}'>{escape(name)}</a></p>"
@@ -214,7 +214,8 @@ def _stages(report: Report, row: Row, chain: Chain) -> str:
         metrics, kept = record["metrics"], story.total_channels(record)
         proof = ""
         if "max_abs_difference" in metrics:
-            proof = f"largest difference {metrics['max_abs_difference']:.1e}, same class {write_figure(metrics['top1_agreement'], 'percent')}"
+            agree = _figure(metrics, "top1_agreement", "percent")
+            proof = f"largest difference {metrics['max_abs_difference']:.1e}, same class {agree}"
         cells = [story.method(record), _figure(metrics, "test_accuracy", "percent"), _figure(metrics, "parameters", "count")]
         cells += [f"{kept[0]} of {kept[1]}" if kept else "", proof, f"{record['seconds']:.1f} s"]
         lines.append(f"<tr><th scope=row>{escape(stage)}</th>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>")

@@ -74,6 +74,11 @@ class Resume:
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
+        for parameter, averages in run.optimizer.state.items():
+            for key, average in averages.items():
+                if average.shape == parameter.shape:
+                    # In the parameter's memory order: fused optimisers walk through memory, not through indices.
+                    averages[key] = torch.empty_like(parameter).copy_(average)
         self._tensors = {}
 
     def clear(self) -> None:

@@ -34,7 +34,7 @@ def two_classes(*changes: do.Change) -> do.Change:
     return do.folder(do.both(do.images({"": "ant bee"}), *changes))
 
 
-def prepared(key: str, value: Any) -> do.Change:
+def prepared_with(key: str, value: Any) -> do.Change:
     """Data prepared with another parameter than the models were made with."""
     return do.both(do.put(key, value), lambda: call("prepare"))
 
@@ -70,7 +70,7 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
     ],
     COVERAGE: [
         ("nothing prepared", do.remove(DATA), f"{DATA}/data.json does not exist: run the stage that writes it first"),
-        ("images too small", prepared("data.image_size", 8), "cifar_quick: images of 8x8 pixels are too small; the smallest are"),
+        ("images too small", prepared_with("data.image_size", 8), "cifar_quick: images of 8x8 pixels are too small; the smallest are"),
         (
             "groups do not divide",
             do.put("compress.diet.groups", 3),
@@ -102,7 +102,7 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
     ("revive", "finetune", "1"): [("seed not trained", do.nothing, "outputs/train/1/model/model.json does not exist")],
     REVIVE: [
         ("nothing trained", do.remove(TRAINED), f"{TRAINED}/model.json does not exist: run the stage that writes it first"),
-        ("model of other data", prepared("data.split_seed", 1), f"{TRAINED}/model.json was made from other data than {DATA} holds"),
+        ("model of other data", prepared_with("data.split_seed", 1), f"{TRAINED}/model.json was made from other data than {DATA} holds"),
     ],
     COMPRESS: [
         ("weights missing", do.remove(WEIGHTS), f"{WEIGHTS} does not exist: run the stage"),

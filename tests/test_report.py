@@ -262,6 +262,13 @@ def test_the_code_on_the_page_classifies_pixels_with_an_exported_file(tmp_path: 
     assert names["answers"] == [("zero", "one", "two")[index] for index in expected.argmax(1)]
 
 
+def test_no_marker_hides_another():
+    points = [chart.Point(f"p{i}", x, 0.9, 0, i, False, []) for i, x in enumerate((1.0, 1.0, 1.0001, 2.0))]
+    drawn = chart.scatter(points, "x", "y", 1.0)
+    places = [float(left) for left in re.findall(r'tabindex.*?<path d="M([\d.]+) ', drawn)]
+    assert len(places) == 4 and min(abs(a - b) for i, a in enumerate(places) for b in places[:i]) > 7
+
+
 @pytest.mark.parametrize("values", [[0.2, 3.1], [97.0, 97.0], [1e3, 9e6], [0.5], [-2.0, 5.0]])
 def test_axes_hold_all_values_and_their_ticks_are_round_and_inside(values):
     scale = chart.axis(values, 10, 500, may_log=True)
