@@ -10,7 +10,8 @@ TRACKING ?= sqlite:///$(CURDIR)/mlflow.db
 
 all: .venv/installed
 	python -m stages.check
-	dvc repro
+	@# DVC removes a stage's outputs before it runs; where it then fails, the earlier ones come back from the cache.
+	dvc repro || { status=$$?; dvc checkout --quiet 2>/dev/null; exit $$status; }
 
 .venv/installed: requirements.lock
 	$(PYTHON) -m venv .venv

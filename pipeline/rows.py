@@ -118,12 +118,13 @@ def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
 def picks(report: Report) -> dict[str, Row]:
     """The rows a reader looks for, all on a front: "most accurate", "smallest" and "fastest". Costs within `TIE` of the least
     count as equal, and the more accurate of them is picked. A pick whose figures are missing is left out."""
-    latency = next((cost for cost in report.costs if cost.startswith("latency_cpu")), None)
-    latency = latency or next((cost for cost in report.costs if cost.startswith("latency_")), None)
+    latency = [cost for cost in report.costs if cost.startswith("latency_")]
+    latency = [*(cost for cost in latency if cost.startswith("latency_cpu")), *latency][:1]  # the CPU's first, where it was timed
+    wanted = [("most accurate", "size_mb", math.inf), ("smallest", "size_mb", TIE), *(("fastest", key, TIE) for key in latency)]
     chosen: dict[str, Row] = {}
-    for title, key, tie in (("most accurate", "size_mb", math.inf), ("smallest", "size_mb", TIE), ("fastest", latency, TIE)):
+    for title, key, tie in wanted:
         known = [row for row in report.compared if key in row.values and ACCURACY in row.values]
-        if key and known:
+        if known:
             limit = min(row.values[key] for row in known) * (1 + tie)
             cheap = [row for row in known if row.values[key] <= limit]
             chosen[title] = min(cheap, key=lambda row: (-row.values[ACCURACY], row.values[key]))  # noqa: B023

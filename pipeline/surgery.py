@@ -173,12 +173,17 @@ def structure(model: nn.Module) -> dict[str, Any]:
 
 
 def restructure(model: nn.Module, wanted: dict[str, Any]) -> None:
-    """Give the layers of a freshly built `model` the channels that `structure` found, in place; their values are arbitrary."""
+    """Give the layers of a freshly built `model` the channels that `structure` found, in place; their values are arbitrary.
+
+    `InputError` where a layer would need more channels than it has.
+    """
     for name, length in wanted["selects"].items():
         _wrap(model, name, torch.zeros(length, dtype=torch.long))
     for name, (inputs, outputs, groups) in wanted["filtering"].items():
         layer: Any = model.get_submodule(name)
         there = structure(layer)["filtering"][""]
+        if inputs > there[0] or outputs > there[1]:
+            raise InputError(f"surgery: layer {name} has {there[0]} inputs and {there[1]} outputs, not {inputs} and {outputs}")
         if there != [inputs, outputs, groups]:
             keep(layer, torch.arange(outputs), torch.arange(inputs // groups))
             if isinstance(layer, nn.Conv2d):

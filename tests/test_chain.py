@@ -120,7 +120,7 @@ def test_a_method_without_edits_is_its_control_bit_for_bit(expand: bool, tiny: P
 
 
 def test_every_variant_of_the_default_grid_trains_as_many_epochs_as_its_control() -> None:
-    params = read_params()
+    params = read_params(Path(__file__).parent.parent / "params.yaml")
     grid = parse("variants", params["variants"], Variants)
     for family, names in (("revive", grid.revive), ("compress", grid.compress)):
         planned = set()

@@ -259,6 +259,7 @@ def test_the_code_on_the_page_classifies_pixels_with_an_exported_file(tmp_path: 
     exec(page.LOAD, names)  # the text that the page shows
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     expected = session.run(None, {"images": ((pixels / 255 - 0.25) / 0.5).astype(np.float32)})[0]
+    assert np.allclose(names["logits"], expected, rtol=1e-5)
     assert names["answers"] == [("zero", "one", "two")[index] for index in expected.argmax(1)]
 
 

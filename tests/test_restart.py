@@ -100,6 +100,15 @@ def test_scores_are_the_same_before_and_behind_the_activation(inplace: bool) -> 
             torch.testing.assert_close(found, before)
 
 
+def test_an_activation_that_overwrites_its_input_does_not_change_the_scores() -> None:
+    found = []
+    for inplace in (False, True):
+        model = network()
+        model.relu1 = model.relu3 = nn.LeakyReLU(0.3, inplace)  # type: ignore[assignment]
+        found.append(taylor_scores(model, WATCHED, some_batches(), criterion="per_example"))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_signed_scores_behind_a_batch_norm_follow_from_the_gradients_of_its_parameters() -> None:
     model = network()
     images, labels = (torch.cat(parts) for parts in zip(*some_batches(), strict=True))

@@ -1,12 +1,10 @@
-"""Publishing to a real MLflow store in sqlite, made by two processes at once; and to servers that do not answer."""
+"""Publishing to a real MLflow store in sqlite, made by two processes at once."""
 
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ import sample_records
 
 from pipeline.config import Tracking
 from pipeline.errors import InputError
-from pipeline.tracking import Published, Unreachable, publish
-from pipeline.tracking_server import shown
+from pipeline.tracking import Published, publish
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
@@ -263,51 +260,3 @@ def test_a_missing_file_is_named_before_anything_is_published(store):
     with pytest.raises(InputError, match=r"lost\.safetensors is missing"):
         store.publish("lost", records)
     assert store.client.get_experiment_by_name("lost") is None
-
-
-def silent_server() -> socket.socket:
-    """Takes connections and never answers."""
-    server = socket.socket()
-    server.bind(("127.0.0.1", 0))
-    server.listen()
-    return server
-
-
-@pytest.mark.parametrize("scheme", ["http", "postgresql"])
-def test_a_closed_port_is_unreachable(scheme, tmp_path):
-    with silent_server() as server:
-        port = server.getsockname()[1]
-    with pytest.raises(Unreachable, match=f"127.0.0.1:{port}"):
-        publish([], tmp_path, Tracking(experiment="x", timeout_s=2), f"{scheme}://user:secret@127.0.0.1:{port}")
-
-
-def test_a_server_that_never_answers_is_given_up_within_a_minute(tmp_path):
-    start = time.monotonic()
-    with silent_server() as server, pytest.raises(Unreachable, match="does not answer"):
-        publish([], tmp_path, Tracking(experiment="x", timeout_s=1), f"http://127.0.0.1:{server.getsockname()[1]}")
-    assert time.monotonic() - start < 60
-
-
-def test_no_address_is_a_mistake_of_the_users(tmp_path):
-    with pytest.raises(InputError, match="no address"):
-        publish([], tmp_path, Tracking(experiment="x", timeout_s=1), "http://:99999")
-
-
-def test_addresses_are_shown_without_passwords():
-    assert shown("https://me:secret@host:5000/path") == "https://host:5000/path"
-    assert shown("sqlite:////a/b.db") == "sqlite:////a/b.db"
-
-
-def test_the_stage_ends_well_without_a_server_and_says_how_to_publish_later(tmp_path, monkeypatch, capsys):
-    from stages import track
-
-    sample_records.write(small_grid(), tmp_path / "outputs")
-    text = "seed: [0]\nvariants: {revive: [finetune], compress: [diet]}\ntracking: {experiment: winnow, timeout_s: 2}\n"
-    (tmp_path / "params.yaml").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    with silent_server() as server:
-        port = server.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    track.main()
-    assert "not published; run `make track` when the server is back" in capsys.readouterr().out
-    assert json.loads(Path("outputs/track/published.json").read_text())["published"] is False

@@ -1,0 +1,246 @@
+"""dvc.yaml names what each stage can reach, no more and no less; imports point one way; importing does nothing."""
+
+import ast
+import graphlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from closure import FAMILIES, ROOT, reach
+
+from pipeline import methods
+
+STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+COMMANDS = {name: stage["cmd"].split() for name, stage in STAGES.items() if "cmd" in stage}
+SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").glob("*.py")])
+WHOLE = ("check", "coverage")  # they ask every network and method, and list the families' folders
+
+# How dvc.yaml names the one file of a family that a stage imports.
+CHOSEN = {
+    "models": "pipeline/models/${model.name}.py",
+    "overparameterize": "pipeline/overparameterize/${train.overparameterize.method}.py",
+    "revive": "outputs/methods/revive-${item.revive}.py",
+    "compress": "outputs/methods/compress-${item.compress}.py",
+}
+VARIANT = "${item.revive}-${item.compress}-${item.seed}"
+DATA = "outputs/prepare/data"
+EVERY_RECORD = {"outputs/prepare/record.json"} | {
+    f"outputs/{stage}" for stage in ("train", "revive", "compress", "collapse", "export", "profile")
+}
+# What each stage takes beside source files.
+TAKEN: dict[str, set[str]] = {
+    "check": {"params.yaml"},
+    "source": {"outputs/check/passed.json"},
+    "prepare": {"outputs/source/source.json"},
+    "coverage": {f"{DATA}/data.json"},
+    "train": {DATA, "outputs/coverage/passed.json"},
+    "revive": {DATA, "outputs/train/${item.seed}/model"},
+    "compress": {DATA, "outputs/revive/${item.revive}-${item.seed}/model"},
+    "collapse": {DATA, f"outputs/compress/{VARIANT}/model"},
+    "export": {DATA, f"outputs/collapse/{VARIANT}/model"},
+    "hardware": set(),
+    "profile": {
+        "outputs/hardware/hardware.json",
+        f"outputs/collapse/{VARIANT}/model",
+        f"outputs/export/{VARIANT}/model.onnx",
+        "outputs/export/${profile.control}-${item.seed}/model.onnx",
+    },
+    "report": EVERY_RECORD,
+    "track": EVERY_RECORD | {"outputs/report"},
+}
+PARAMETERS: dict[str, set[str]] = {
+    "source": {"data"},
+    "prepare": {"data"},
+    "coverage": {"model", "train.overparameterize", "variants", "revive", "compress"},
+    "train": {"model", "train", "augment", "runtime"},
+    "revive": {"revive.${item.revive}", "augment", "runtime"},
+    "compress": {"compress.${item.compress}", "augment", "runtime"},
+    "collapse": {"augment", "runtime"},
+    "export": {"export", "runtime"},
+    "profile": {"profile"},
+    "report": {"seed", "variants", "profile.control"},
+    "track": {"seed", "variants", "tracking"},
+}
+# From the ground up: a module imports from its own floor and from lower ones.
+GROUND = "errors files config hardware methods layers channels hooks evaluation progress resume records data models grid lineage "
+GROUND += "export inference measure latency chart rows table"
+FLOORS = [
+    set(GROUND.split()),
+    {"surgery", "training", "overparameterize", "revive", "report", "page", "plots", "story"} | {"tracking", "tracking_model", "tracking_server"},
+    {"checkpoint", "compress", "chain", "certificate", "distillation"},
+    {"stages"},
+]  # fmt: skip
+
+
+def test_every_stage_of_the_chain_is_compared() -> None:
+    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
+    named = {name for name, command in COMMANDS.items() if command[:2] == ["python", "-m"]}
+    assert named == scripts == set(TAKEN)
+    for name, command in COMMANDS.items():
+        assert command[2] == f"stages.{name}"
+        assert {word.strip("${}").removeprefix("item.") for word in command[3:]} == set(STAGES[name].get("matrix", {}))
+    assert set(STAGES) - named == {"revive-method", "compress-method"}
+
+
+def inside(path: str, family: str) -> bool:
+    return path.startswith(f"pipeline/{family}/")
+
+
+@pytest.mark.parametrize("stage", TAKEN)
+def test_deps_are_the_import_closure(stage: str) -> None:
+    files, families = reach(stage)
+    if stage in WHOLE:
+        assert families == set(FAMILIES)
+        files = {path for path in files if not any(inside(path, family) for family in FAMILIES)}
+    chosen = {f"pipeline/{family}" if stage in WHOLE else CHOSEN[family] for family in families}
+    # A file that is no module belongs to the module of its name.
+    beside = {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").glob("*.*") if path.suffix != ".py"}
+    beside = {path for path in beside if str(Path(path).with_suffix(".py")) in files}
+    deps = STAGES[stage]["deps"]
+    assert len(deps) == len(set(deps))
+    assert set(deps) == files | chosen | beside | TAKEN[stage]
+
+
+@pytest.mark.parametrize("stage", TAKEN)
+def test_parameters_are_those_that_the_stage_uses(stage: str) -> None:
+    assert set(STAGES[stage].get("params", [])) == PARAMETERS.get(stage, set())
+
+
+def test_what_a_stage_takes_is_what_another_one_makes() -> None:
+    outs = {out for stage in STAGES.values() for out in stage.get("do", stage).get("outs", [])}
+    assert len(outs) == sum(len(stage.get("do", stage).get("outs", [])) for stage in STAGES.values())
+    for taken in set().union(*TAKEN.values()) - {"params.yaml", "outputs/export/${profile.control}-${item.seed}/model.onnx"}:
+        assert any(out == taken or out.startswith(f"{taken}/") or taken.startswith(f"{out}/") for out in outs), taken
+
+
+@pytest.mark.parametrize("family", ["revive", "compress"])
+def test_a_block_takes_a_copy_of_its_methods_file_alone(family: str) -> None:
+    stage = STAGES[f"{family}-method"]
+    source, copy = f"pipeline/{family}/${{item.method}}.py", f"outputs/methods/{family}-${{key}}.py"
+    assert stage["foreach"] == f"${{{family}}}"
+    assert stage["do"]["cmd"] == f"mkdir -p outputs/methods && cp {source} {copy}"
+    assert stage["do"]["deps"] == ["outputs/check/passed.json", source] and stage["do"]["outs"] == [copy]
+
+
+LOADED = """
+import json, sys
+import pipeline.methods
+found = {}
+for stage in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("pipeline", "stages")]:
+        del sys.modules[name]
+    __import__(f"stages.{stage}")
+    found[stage] = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] in ("pipeline", "stages")]
+    foreign = {"mlflow", "sklearn", "torchvision", "onnx", "matplotlib"} & set(sys.modules)
+    assert stage in ("export", "profile", "report", "track") or not foreign, (stage, foreign)
+print(json.dumps(found))
+"""
+
+
+def test_the_closure_holds_what_python_really_imports() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED, *TAKEN], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for stage, paths in json.loads(done.stdout).items():
+        files, _ = reach(stage)
+        loaded = {str(Path(path).relative_to(ROOT)) for path in paths}
+        assert f"stages/{stage}.py" in loaded and loaded <= files, (stage, loaded - files)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports anywhere, by their dotted names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: relative imports hide what is meant"
+            for alias in node.names:
+                deeper = ROOT.joinpath(*node.module.split("."), alias.name)
+                found.add(f"{node.module}.{alias.name}" if deeper.is_dir() or deeper.with_suffix(".py").is_file() else node.module)
+    return found
+
+
+def own(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] in ("pipeline", "stages")}
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def part(name: str) -> str:
+    """The word in FLOORS that stands for a module."""
+    return "stages" if name.startswith("stages") else name.split(".")[1]
+
+
+def test_imports_point_one_way() -> None:
+    floor = {word: height for height, words in enumerate(FLOORS) for word in words}
+    assert set(floor) == {part(module(path)) for path in SOURCES if path.name != "__init__.py" or path.parent.name != "pipeline"}
+    graph = {module(path): own(path) for path in SOURCES}
+    for name, imported in graph.items():
+        for other in imported:
+            assert floor[part(name)] >= floor[part(other)], f"{name} imports {other}"
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError where modules import each other in a circle
+
+
+def test_a_stage_imports_no_other_stage() -> None:
+    for path in (ROOT / "stages").glob("*.py"):
+        assert not {name for name in own(path) if name.startswith("stages.")}, path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_networks_and_methods_know_no_other_and_no_caller(family: str) -> None:
+    allowed = {
+        "models": {"config", "errors", "layers", "models"},
+        "overparameterize": {"config", "errors", "layers", "hooks", "channels"},
+        "revive": {"config", "errors", "layers", "hooks", "channels", "evaluation", "surgery"},
+        "compress": {"config", "errors", "layers", "hooks", "channels", "evaluation", "surgery"},
+    }[family]
+    assert methods.names(family)
+    for name in methods.names(family):
+        known = {other.removeprefix("pipeline.") for other in own(ROOT / "pipeline" / family / f"{name}.py")}
+        assert known <= allowed, name
+
+
+@pytest.mark.parametrize(
+    ("package", "where"),
+    [("mlflow", "pipeline/tracking"), ("dvc", "nowhere"), ("sklearn", "pipeline/data/"), ("matplotlib", "pipeline/plots.py")],
+)
+def test_only_one_place_knows_a_package(package: str, where: str) -> None:
+    for path in SOURCES:
+        known = any(name.split(".")[0] == package for name in imports(path))
+        assert not known or str(path.relative_to(ROOT)).startswith(where), path
+
+
+QUIET = """
+import logging, random, sys, warnings
+import numpy, torch
+before = lambda: (torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads(),
+    torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), len(logging.root.handlers),
+    logging.root.level, warnings.filters[:], sys.path[:], torch.cuda.is_initialized())
+for name in sys.argv[1:]:
+    state = before()
+    __import__(name)
+    assert before() == state, f"importing {name} changes something"
+assert "mlflow" not in sys.modules
+"""
+
+
+def test_importing_a_module_does_nothing(tmp_path: Path) -> None:
+    names = [module(path) for path in SOURCES]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", f"import sys; sys.path.append({str(ROOT)!r})" + QUIET, *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_stay_readable() -> None:
+    for path in SOURCES:
+        text = path.read_text()
+        assert text.count("\n") <= (60 if path.parent.name == "stages" else 300), path
+        assert not re.search(r"^\s*#.*\b(TODO|FIXME|XXX)\b", text, re.MULTILINE), path
