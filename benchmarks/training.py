@@ -85,7 +85,9 @@ def ours(model: nn.Module, folder: Path, batch: int, device: torch.device) -> fl
 def ordinary(model: nn.Module, folder: Path, batch: int, device: torch.device, workers: int) -> float:
     """Seconds of one epoch of an ordinary loop."""
     images, labels = np.load(folder / "train_images.npy"), np.load(folder / "train_labels.npy")
-    loader = DataLoader(Images(images, labels), batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        Images(images, labels), batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device.type == "cuda"
+    )
     model = model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     started = time.perf_counter()

@@ -17,7 +17,6 @@ from pipeline.records import Record
 from pipeline.resume import Resume, fingerprint
 from pipeline.training import train
 
-
 EVALUATION_BATCH = 256  # images; results do not depend on it but for rounding
 
 

@@ -76,7 +76,8 @@ class Channels:
 
     def joins(self, name: str) -> bool:
         """Whether what the layer makes is added to something else, as at the end of a residual block."""
-        return bool({self.find(c) for c in self.outputs[name]} & {self.find(c) for c in self.summed})
+        made = self.outputs[name] if name in self.outputs else self.channelwise[name]
+        return bool({self.find(c) for c in made} & {self.find(c) for c in self.summed})
 
 
 class _Tracer(fx.Tracer):
@@ -177,7 +178,8 @@ class _Follower:
     def norm(self, node: fx.Node, name: str, layer: nn.Module, ids: list[int]) -> list[int]:
         self.channels.channelwise[name] = ids
         (source,) = node.all_input_nodes
-        if source.op == "call_module" and str(source.target) in self.channels.outputs and len(source.users) == 1:
+        convolution = source.op == "call_module" and isinstance(self.modules[str(source.target)], nn.Conv2d)
+        if convolution and len(source.users) == 1:
             self.channels.norm_after[str(source.target)] = name
         return ids
 
@@ -206,8 +208,7 @@ class _Follower:
                 if len(read) > 1:
                     self.channels.summed.update(ids)
             return read[0]
-        parts: Any = node.args[0] if node.args else ()
-        if target in CONCATENATIONS and known and (node.kwargs.get("dim") or (*node.args, 0)[1]) == 1 and isinstance(parts, list | tuple):
+        if target in CONCATENATIONS and known and (parts := _joined_channels(node)):
             return [channel for part in parts for channel in self.ids[part]]
         if target in (torch.flatten, "flatten") and (*node.args, None)[1] == 1 and len(read) == 1:
             ids = self.flatten(node, read[0])
@@ -245,13 +246,20 @@ class _Follower:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
+    meta: Any = node.meta.get("tensor_meta")
     return tuple(meta.shape) if hasattr(meta, "shape") else None
 
 
 def _channel_count(node: fx.Node) -> int | None:
     shape = _shape(node)
     return shape[1] if shape is not None and len(shape) > 1 else None
+
+
+def _joined_channels(node: fx.Node) -> list[fx.Node]:
+    """The parts of torch.cat((a, b, ...), 1); none along another axis."""
+    parts: Any = node.args[0] if node.args else None
+    axis = node.kwargs.get("dim") or (*node.args, 0)[1]
+    return list(parts) if axis == 1 and isinstance(parts, list | tuple) else []
 
 
 def _slices_space(node: fx.Node) -> bool:

@@ -57,9 +57,7 @@ def living(channels: Channels, reads: dict[str, Tensor]) -> set[int]:
 
 def drop(channels: Channels, dropped: set[int]) -> dict[str, Tensor]:
     """What every layer reads when the channels in `dropped` (ids as `find` gives them) are read by none."""
-    return {
-        name: torch.tensor([channels.find(channel) not in dropped for channel in ids]) for name, ids in channels.inputs.items()
-    }
+    return {name: torch.tensor([channels.find(channel) not in dropped for channel in ids]) for name, ids in channels.inputs.items()}
 
 
 def _positions(channels: Channels, ids: list[int], alive: set[int]) -> Tensor:

@@ -19,10 +19,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import chart, files, story
+from pipeline import files
 from pipeline.config import Tracking
 from pipeline.errors import InputError
 from pipeline.lineage import OWN, Chain, Record, chains, flat_parameters
+from pipeline.report import chart, story
 from pipeline.tracking_model import log_model
 from pipeline.tracking_server import Unreachable, session
 

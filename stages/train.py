@@ -21,14 +21,14 @@ def main(seed: str) -> None:
     record = Record("train", seed, parameters, seed=int(seed))
 
     data = where.prepared
-    described = {"name": network.pop("name"), "arguments": network}
+    described = {"name": network["name"], "arguments": {key: value for key, value in network.items() if key != "name"}}
     card = checkpoint.new_card(described, data)
     torch.manual_seed(stable_seed(int(seed), "initial weights"))
     model = checkpoint.build(card)
-    method = expansion.pop("method")
-    if method != "none":
-        overparameterize(model, method, **expansion)
-        card["expansion"] = {"method": method, "arguments": expansion}
+    if expansion["method"] != "none":
+        arguments = {key: value for key, value in expansion.items() if key != "method"}
+        overparameterize(model, expansion["method"], **arguments)
+        card["expansion"] = {"method": expansion["method"], "arguments": arguments}
     chain.train_stage(where, record, model, card, fit=options.fit, out=folder("train", seed))
 
 

@@ -10,6 +10,7 @@ byte-identical, metrics, events and curves of the records equal, and `dvc status
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -29,9 +30,10 @@ ROOT = Path(__file__).parent.parent
 MODELS = ("model.safetensors", "model.json", "model.onnx")
 UNTIMED = ("prepare", "train", "revive", "compress", "collapse", "export")  # stages whose records hold no timings but images_per_s
 ALWAYS = "always changed"  # what `dvc status` says of a stage that looks at the machine or at raw data each time
-# What a kill can leave behind, by what DVC says of it -> the file that a user removes before starting again.
+# What a kill in the middle of a write of DVC's leaves behind, by what DVC says of it -> the file to remove before starting again.
+# (DVC itself passes over locks whose process is gone.)
 LEFTOVERS = {
-    r"(?i)rwlock": ".dvc/tmp/rwlock",
+    r"Unable to read RWLock-file|RWLock-file '.*' format error|it is being blocked by": ".dvc/tmp/rwlock",
     r"dvc\.lock'? (validation failed|is invalid|is corrupted)": "dvc.lock",
 }
 PATIENCE = 5  # starts of `dvc repro` that may fail for something that a kill left behind
@@ -91,7 +93,7 @@ class Repro:
     """One `dvc repro` in a process group of its own, its output in a file."""
 
     def __init__(self, folder: Path, targets: list[str]) -> None:
-        self.log = folder.parent / f"{folder.name}.log"
+        self.log = next(path for n in itertools.count(1) if not (path := folder.parent / f"{folder.name}-{n}.log").exists())
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dvc", "repro", *targets],
@@ -106,7 +108,7 @@ class Repro:
     def finish(self) -> float:
         """Wait for its end; the seconds it took. Ends the script where it failed."""
         if self.process.wait():
-            sys.exit(f"{self.said()[-4000:]}\nFAIL: `dvc repro` exits with {self.process.returncode}, see {self.log}")
+            sys.exit(self.failure())
         return time.monotonic() - self.started
 
     def kill_after(self, seconds: float) -> bool:
@@ -118,6 +120,9 @@ class Repro:
             self.process.wait()
             return True
         return False
+
+    def failure(self) -> str:
+        return f"{self.said()[-4000:]}\nFAIL: `dvc repro` exits with {self.process.returncode}"
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
@@ -153,9 +158,9 @@ def kill_and_finish(folder: Path, options: argparse.Namespace, took: float, paus
             failures += 1
             path = repro.leftover()
             if path is None or failures > PATIENCE:
-                repro.finish()
-            print(f"      `dvc repro` refused to start: {path} was damaged and is removed", flush=True)
-            (folder / str(path)).unlink()
+                sys.exit(repro.failure())
+            print(f"      `dvc repro` refused to start ({repro.log.name}): {path} is removed, as DVC asks for", flush=True)
+            (folder / path).unlink()
         elif last:
             print(f"finished after {kills} kills", flush=True)
             return

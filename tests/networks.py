@@ -141,17 +141,15 @@ def block(kind: str, inputs: int, outputs: int) -> tuple[list[nn.Module], int]:
     before = (wider - inputs) // 2
     pooled: list[nn.Module] = [nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1), nn.Dropout2d(), nn.Upsample(scale_factor=2)]
     depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs)
+    joined = 2 * outputs + inputs
     made: dict[str, Callable[[], tuple[list[nn.Module], int]]] = {
         "unit": lambda: ([Unit(inputs, outputs)], outputs),
         "plain": lambda: ([Unit(inputs, outputs, norm=False, kernel=1)], outputs),
         "pool": lambda: (pooled, inputs),
         "identity": lambda: ([Branches(Unit(inputs, inputs), nn.Identity(), "add"), nn.ReLU()], inputs),
         "projection": lambda: ([Branches(Unit(inputs, outputs), Unit(inputs, outputs, kernel=1), "add")], outputs),
-        "pad": lambda: (
-            [Branches(Unit(inputs, wider, stride=2), Subsample(before, wider - inputs - before), "add")],
-            wider,
-        ),
-        "cat": lambda: ([Branches(Unit(inputs, outputs), nn.Identity(), "cat"), nn.BatchNorm2d(2 * outputs + inputs)], 2 * outputs + inputs),
+        "pad": lambda: ([Branches(Unit(inputs, wider, stride=2), Subsample(before, wider - inputs - before), "add")], wider),
+        "cat": lambda: ([Branches(Unit(inputs, outputs), nn.Identity(), "cat"), nn.BatchNorm2d(joined)], joined),
         "depthwise": lambda: ([depthwise, nn.BatchNorm2d(inputs), nn.ReLU(), Unit(inputs, outputs, kernel=1)], outputs),
     }  # fmt: skip
     return made[kind]()
@@ -180,7 +178,8 @@ def drawn(program: dict[str, Any], shape: Shape = (3, 8, 8)) -> nn.Module:
         made, channels = block(kind, channels, outputs)
         layers += made
     if program["head"] == "flatten":
-        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(channels * 4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES)]
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(channels * 4, 6), nn.BatchNorm1d(6), nn.ReLU()]
+        layers += [nn.Linear(6, CLASSES)]
     else:
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
     model = nn.Sequential(*layers)

@@ -26,7 +26,9 @@ MERGED = 1e-5  # of the largest |output|: the same convolutions of the same kern
 # One block of options for each method; a method without one fails.
 REVIVE: dict[str, dict[str, Any]] = {
     "finetune": {},
-    "reactivation": {"alpha": 0.5, "beta": 0.5, "gamma": 0.5, "every": 1, "rounding": "floor", "max_ratio": None, "momentum": "keep"},
+    "reactivation": {
+        "alpha": 0.5, "beta": 0.5, "gamma": 0.5, "every": 1, "rounding": "floor", "max_ratio": None, "momentum": "keep",
+    },
     "restart": {
         "reset": "uniform", "scope": "filter", "criterion": "per_example", "ranking_batches": 2, "ranking_dropout": False,
         "divisor": 3, "restarts": 1, "final_epochs": 0, "patience": None, "max_drop": 0.5, "target": None,
@@ -151,7 +153,8 @@ def test_an_edit_of_an_expanded_network_is_the_edit_of_the_merged_one(network: s
     layers = dict(filtering_layers(model))
     for key, tensor in one.state_dict().items():
         owner = next((name for name in layers if key.startswith(f"{name}.")), None)
-        touched = changed[key].any() if owner is None else any(changed[f"{owner}.{t}"].any() for t in ("weight", "bias") if f"{owner}.{t}" in changed)
+        concerned = [key] if owner is None else [f"{owner}.weight", f"{owner}.bias"]
+        touched = any(bool(changed[name].any()) for name in concerned if name in changed)
         # Mixers, and all tensors of layers that are not edited, stay bit for bit.
         assert torch.equal(tensor, exact[key]) or (touched and "mixers" not in key), key
 

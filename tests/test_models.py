@@ -67,9 +67,7 @@ def test_every_network_is_tested() -> None:
         ("vgg16_bn", {"dropout": 0.5}, 224, 10, 134_309_962),
     ],
 )
-def test_parameter_counts_are_the_published_ones(
-    name: str, arguments: dict[str, Any], size: int, classes: int, count: int
-) -> None:
+def test_parameter_counts_are_the_published_ones(name: str, arguments: dict[str, Any], size: int, classes: int, count: int) -> None:
     assert parameters(on_meta(name, size, classes=classes, **arguments)) == count
 
 

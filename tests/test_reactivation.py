@@ -233,6 +233,20 @@ def test_momentum_of_edited_kernels_is_kept_zeroed_or_scaled_and_no_other_change
         torch.testing.assert_close(moments()[name], wanted, rtol=1e-4, atol=1e-7 if not expanded else 1e-6)
 
 
+@pytest.mark.parametrize("expanded", [False, True], ids=["plain", "kflo"])
+@pytest.mark.parametrize("momentum", ["zero", "scale"])
+def test_training_with_adam_goes_on_after_its_averages_were_edited(momentum: str, expanded: bool) -> None:
+    model = network(expanded)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.arange(8)).backward()
+        optimizer.step()
+        reactivate(model, **SHARES, momentum=momentum, optimizer=optimizer)
+        assert all((state["exp_avg_sq"] >= 0).all() for state in optimizer.state.values())
+    assert all(weight.isfinite().all() for weight in kernels_of(model).values())
+
+
 def test_what_has_no_shape_to_keep_is_told_beforehand() -> None:
     model = network()
     assert list(eligible(model)) == TREATED

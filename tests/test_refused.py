@@ -15,6 +15,8 @@ import torch
 from raw_data import random_npz
 from small_chain import VARIANT, build, call, refused
 
+from pipeline import files
+
 ROOT = Path(__file__).parent.parent
 OUT = Path("outputs")
 DATA, TRAINED, REVIVED = OUT / "prepare/data", OUT / "train/0/model", OUT / "revive/finetune-0/model"
@@ -70,7 +72,11 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
     ],
     COVERAGE: [
         ("nothing prepared", do.remove(DATA), f"{DATA}/data.json does not exist: run the stage that writes it first"),
-        ("images too small", prepared_with("data.image_size", 8), "cifar_quick: images of 8x8 pixels are too small; the smallest are"),
+        (
+            "images too small",
+            prepared_with("data.image_size", 8),
+            "cifar_quick: images of 8x8 pixels are too small; the smallest are",
+        ),
         (
             "groups do not divide",
             do.put("compress.diet.groups", 3),
@@ -102,7 +108,11 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
     ("revive", "finetune", "1"): [("seed not trained", do.nothing, "outputs/train/1/model/model.json does not exist")],
     REVIVE: [
         ("nothing trained", do.remove(TRAINED), f"{TRAINED}/model.json does not exist: run the stage that writes it first"),
-        ("model of other data", prepared_with("data.split_seed", 1), f"{TRAINED}/model.json was made from other data than {DATA} holds"),
+        (
+            "model of other data",
+            prepared_with("data.split_seed", 1),
+            f"{TRAINED}/model.json was made from other data than {DATA} holds",
+        ),
     ],
     COMPRESS: [
         ("weights missing", do.remove(WEIGHTS), f"{WEIGHTS} does not exist: run the stage"),
@@ -236,3 +246,11 @@ def test_the_command_itself_says_one_line_and_exits_with_2(
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"stages.{' '.join(words)}: {message}")
+
+
+def test_what_a_killed_write_left_is_swept_and_a_living_one_is_not(tmp_path: Path) -> None:
+    dead, alive = (tmp_path / f".a.json.{process}.partial" for process in (2**22 + 1, os.getppid()))  # pids end at 2^22
+    for partial in (dead, alive):
+        partial.write_text("{")
+    files.write_json(tmp_path / "a.json", 1)
+    assert sorted(tmp_path.iterdir()) == [alive, tmp_path / "a.json"]

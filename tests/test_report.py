@@ -16,7 +16,8 @@ import sample_records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import chart, lineage, page, report, rows, table
+from pipeline import lineage, report
+from pipeline.report import chart, page, rows, table
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 coordinate = st.one_of(st.none(), st.integers(0, 4).map(float))

@@ -149,6 +149,9 @@ def test_ungrouped_convolutions_behind_the_first_are_treated_and_the_rest_is_tol
     hook.coverage(resnet, (3, 16, 16))
     assert hook.names == [f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)]
     assert hook.measured == ["layer2.0.conv1", "layer3.0.conv1"]  # they read a sum; the first reads bn1's ReLU
+    bottleneck = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    hook.coverage(bottleneck, (3, 16, 16))
+    assert hook.names == ["1"]  # the last reads groups, which must stay of equal width
     with pytest.raises(InputError, match="no ungrouped convolution behind its first"):
         hook.coverage(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4)), (3, 16, 16))
 

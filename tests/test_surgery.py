@@ -1,7 +1,6 @@
 """Surgery's law: the smaller network computes what the whole one computes where each layer sees zeros in the channels that it
 does not read. Over the zoo and over networks drawn at random; and what surgery cannot treat, it names."""
 
-import copy
 import json
 from typing import Any
 

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[], list[Hook]], dict[str, Any], bool]] = {
         True,
     ),
     "restart": (lambda: [kflo.Hook(), method("revive", "restart", **RESTART)], {"epochs": 2}, True),
-    "restart without patience": (lambda: [method("revive", "restart", **{**RESTART, "patience": 1})], {"epochs": 3, "lr": 1.5}, False),
+    "impatient restart": (lambda: [method("revive", "restart", **{**RESTART, "patience": 1})], {"epochs": 4, "lr": 1e-6}, False),
     "selective": (lambda: [kflo.Hook(), method("compress", "selective", **SELECTIVE)], {"select": "best"}, True),
     "diet with its teacher": (lambda: [kflo.Hook(), Distillation(TEACHER), method("compress", "diet", **DIET)], {}, True),
 }  # fmt: skip
@@ -132,7 +132,7 @@ def test_a_killed_training_ends_bit_for_bit_as_an_undisturbed_one(case: str, tin
     undisturbed = attempt(tiny, case, None, Killer())
     assert undisturbed is not None
     expected = outcome(undisturbed)
-    assert len(expected["history"]) >= 3
+    assert 3 <= len(expected["history"]) <= sum(expected["rounds"]) - ("impatient" in case)
     # In every second step after a whole epoch, until the training is over.
     resume, attempts = Resume(tmp_path, case.replace(" ", "-"), "0" * 16), 0
     while (run := attempt(tiny, case, resume, Killer(step=5))) is None:
@@ -246,5 +246,5 @@ def test_every_parameter_is_in_one_group_with_the_rule_that_hooks_give_it(tiny: 
     groups = [(group["weight_decay"], group["lr_scale"], len(group["params"])) for group in run.optimizer.param_groups]
     members = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     assert groups == [(0.01, 1.0, len(list(model.parameters())) - 2), (0.0, 0.1, 1)]
-    assert {id(p) for p in members} == {id(p) for p in model.parameters() if p.requires_grad} and len(members) == len({*map(id, members)})
+    assert sorted(map(id, members)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert torch.equal(model[0].weight, before)

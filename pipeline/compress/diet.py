@@ -37,7 +37,7 @@ class Options(CompressBlock):
     @model_validator(mode="after")
     def _selects_a_group(self) -> Self:
         if isinstance(self.select, int) and not 0 <= self.select < self.groups:
-            raise PydanticCustomError("group", f"select must be max, min or a group from 0 to {self.groups - 1}")
+            raise PydanticCustomError("group", "select must be max, min or a group from 0 to {last}", {"last": self.groups - 1})
         return self
 
 

@@ -8,7 +8,7 @@ output would miss, while training goes on, and cut them out at the end.
               whose summed entries stay within `gamma` for every output
 
 Where a layer reads something else than a batch norm's ReLU (a residual add, max pooling), m_i is the channel's measured mean over
-training images. Applied to every ungrouped convolution but those that read the network's input.
+training images. Applied to every ungrouped convolution but those that read the network's input or what a grouped one makes.
 """
 
 import math
@@ -65,13 +65,13 @@ def deallocate(matrix: Tensor, gamma: float, multiple: int = 1) -> Tensor:
 
 
 def eligible(model: nn.Module, channels: Channels) -> dict[str, nn.Conv2d]:
-    """Ungrouped convolutions that do not read the network's input."""
-    inputs = {channel for channel, why in channels.pins().items() if why == "the network's input"}
-    return {
-        name: layer
-        for name, layer in convolutions(model)
-        if layer.groups == 1 and name in channels.inputs and not inputs & {channels.find(c) for c in channels.inputs[name]}
-    }
+    """Ungrouped convolutions that read neither the network's input nor what a grouped convolution makes: the groups of that one
+    could not be cut to equal widths."""
+    layers = {name: layer for name, layer in convolutions(model) if name in channels.inputs}
+    whole = {channel for channel, why in channels.pins().items() if why == "the network's input"}
+    whole |= {channels.find(c) for name, layer in layers.items() if layer.groups > 1 for c in channels.outputs[name]}
+    readable = {name: layer for name, layer in layers.items() if layer.groups == 1}
+    return {name: layer for name, layer in readable.items() if not whole & {channels.find(c) for c in channels.inputs[name]}}
 
 
 @torch.no_grad()

@@ -30,8 +30,9 @@ def collapse(model: nn.Module) -> nn.Module:
         # A deep copy shares the class that torch made for the original, and removing a parametrisation edits that class: the
         # layer gets a class of its own first.
         if parametrize.is_parametrized(layer):
-            shared = type(layer)
-            layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+            shared: Any = type(layer)
+            own: Any = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+            layer.__class__ = own
         # The bias first: its parametrisation reads the weight's.
         for tensor in ("bias", "weight"):
             if parametrize.is_parametrized(layer, tensor):

@@ -186,7 +186,7 @@ class Restart(hooks.Hook):
     def coverage(self, model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
         self.channels = follow(model, input_shape)
         layers = [name for name, _ in convolutions(model)]
-        skipped = [n for n in layers if n in self.channels.outputs and self.channels.joins(n)]
+        skipped = [n for n in layers if self.channels.joins(n)]
         skipped = [] if self.options.include_residual else skipped
         self.watched = {name: self.channels.norm_after.get(name, name) for name in layers if name not in skipped}
         filters = sum(dict(convolutions(model))[name].out_channels for name in self.watched)

@@ -11,10 +11,10 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from pipeline import chart, story
 from pipeline.lineage import Chain, flat_parameters
-from pipeline.rows import ACCURACY, Report, Row, pareto, picks
-from pipeline.table import EXPLANATION, MISSING, Column, cell, columns, describe_setting, missing_notes, write_figure
+from pipeline.report import chart, story
+from pipeline.report.rows import ACCURACY, Report, Row, pareto, picks
+from pipeline.report.table import EXPLANATION, MISSING, Column, cell, columns, describe_setting, missing_notes, write_figure
 
 LOAD = """\
 import json

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import files
 from pipeline.lineage import TRAINING, Chain
-from pipeline.rows import ACCURACY, Report, Row, pareto
-from pipeline.story import SILENT
-from pipeline.table import columns
+from pipeline.report.rows import ACCURACY, Report, Row, pareto
+from pipeline.report.story import SILENT
+from pipeline.report.table import columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline import files, page, plots, table
-from pipeline.rows import ACCURACY, SOURCES, Report, build
+from pipeline import files
+from pipeline.report import page, plots, table
+from pipeline.report.rows import ACCURACY, SOURCES, Report, build
 
 
 def write(records: Iterable[dict[str, Any]], folder: Path) -> Report:

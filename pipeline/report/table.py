@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.rows import ACCURACY, Report, Row
+from pipeline.report.rows import ACCURACY, Report, Row
 
 MISSING = "–"
 STAGE_COLUMNS = ("accuracy_train", "accuracy_revive", "accuracy_compress", "accuracy_collapse")

@@ -3,8 +3,8 @@
 from itertools import accumulate
 from typing import Any
 
-from pipeline import chart
 from pipeline.lineage import TRAINING, Chain
+from pipeline.report import chart
 
 SILENT = ("counts", "latency", "absent")  # events that the table or a note already tells
 
