@@ -76,7 +76,7 @@ class Channels:
 
     def joins(self, name: str) -> bool:
         """Whether what the layer makes is added to something else, as at the end of a residual block."""
-        made = self.outputs[name] if name in self.outputs else self.channelwise[name]
+        made = self.outputs.get(name) or self.channelwise.get(name, [])
         return bool({self.find(c) for c in made} & {self.find(c) for c in self.summed})
 
 

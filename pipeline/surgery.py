@@ -145,7 +145,8 @@ def _wrap(model: nn.Module, name: str, index: Tensor) -> None:
     layer = owner.get_submodule(child)
     index = index.to(next(layer.parameters()).device)
     if isinstance(owner, nn.Sequential) and list(owner._modules) == ["select", "layer"] and child == "layer":
-        owner.select.index = owner.select.index[index]
+        select: Any = owner.get_submodule("select")
+        select.index = select.index[index]
         return
     wrapped = nn.Sequential()
     wrapped.add_module("select", ChannelSelect(index))
