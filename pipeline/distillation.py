@@ -1,4 +1,8 @@
-"""A teacher as a hook: the network as it enters the stage teaches the one that leaves it (paper 003, chapter "with KD")."""
+"""A teacher as a hook: the network as it enters the stage teaches the one that leaves it.
+
+Source: Lee 2022, "A Novel Filter Pruning Algorithm for Vision Tasks based on Kernel Grouping" (JAIST, hdl.handle.net/10119/17665),
+"with KD". Its formulas are garbled; hard labels and the squared difference of softened outputs is what the text means.
+"""
 
 import copy
 

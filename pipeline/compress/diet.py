@@ -1,4 +1,7 @@
-"""Model diet (paper 003): a network of the same depth whose widths are 1/g of the original's, cut out of it in one piece.
+"""Model diet: a network of the same depth whose widths are 1/g of the original's, cut out of it in one piece.
+
+Source: Lee 2022, "A Novel Filter Pruning Algorithm for Vision Tasks based on Kernel Grouping" (JAIST, hdl.handle.net/10119/17665;
+no public code).
 
 The channels that each layer makes are divided into g contiguous groups; one group index serves the whole network, so every add,
 concatenation and flatten stays consistent, and nothing is sorted. The index is chosen by the sum of the tensors that each group

@@ -1,5 +1,8 @@
-"""Selective convolution, compression mode (paper 001; authors' code jh-jeong/selective-convolution): close input channels that no
-output would miss, while training goes on, and cut them out at the end.
+"""Selective convolution, compression mode: close input channels that no output would miss, while training goes on, and cut them out
+at the end.
+
+Source: Jeong and Shin 2019, "Training CNNs with Selective Allocation of Channels" (ICML), and its code,
+github.com/jh-jeong/selective-convolution at 8aafd93.
 
     ECDM      D[o, i] = m_i * g_i * sum over the kernel of W[o, i]        g: the gate, 0 for a closed channel
     m_i       mean activity of input channel i; behind a batch norm (shift b, scale s) and ReLU, with input ~ N(0, 1):

@@ -1,6 +1,6 @@
 """Cifar-quick with batch normalisation: three 5x5 convolutions and two linear layers.
 
-Source: Caffe's cifar10_quick as Ding et al. 2019 (ACNet) and paper 004 (KFLO) train it, with BN after each convolution
+Source: Caffe's cifar10_quick as Ding et al. 2019 (ACNet) and KFLO's paper train it, with BN after each convolution
 and no convolution bias. 3x32x32: 117,034 parameters with 10 classes, 122,884 with 100; 10.8M MACs.
 """
 

@@ -1,4 +1,4 @@
-"""MiniNet: an AlexNet of four narrow convolutions (32-64-64-64), the small network of paper 002 (partial restart).
+"""MiniNet: an AlexNet of four narrow convolutions (32-64-64-64), the small network of the partial-restart paper.
 
 Source: the paper's own code, github.com/sjtu-cs222/Group_36 at 43e8da4. Convolutions have biases and there is no batch
 normalisation. 3x224x224 with 10 classes: 1,322,058 parameters.

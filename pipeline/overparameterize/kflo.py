@@ -1,4 +1,7 @@
-"""KFLO: kernels as linear combinations of more filters (paper 004, "KFLO BxR"; authors' code AmitHenig/KFLO).
+"""KFLO, kernel filtering linear overparameterization: kernels as linear combinations of more filters.
+
+Source: "Utilizing Excess Resources in Training Neural Networks", and its code, github.com/AmitHenig/KFLO at b9eecdc.
+The paper's "KFLO BxR" is depth B, width R.
 
 A layer with O filters trains h = round(width * O) filters W1 and depth - 1 mixing matrices, and convolves with
 

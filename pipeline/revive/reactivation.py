@@ -1,4 +1,6 @@
-"""Kernel reactivation (paper 000): every few epochs, scale up the weakest kernels of the weakest filters, keeping their shape.
+"""Kernel reactivation: every few epochs, scale up the weakest kernels of the weakest filters, keeping their shape.
+
+Source: Lee and Kim, "Versatile kernel reactivation for deep convolutional neural networks" (no public code).
 
     C1   the alpha share of all filters of the network with the smallest mean |weight|
     C2   the beta share of each layer's filters with the smallest L1 norm

@@ -1,5 +1,6 @@
-"""Partial restart (paper 002; the authors' code is sjtu-cs222/Group_36): rank all filters, draw the least useful ones anew, train
-on, and repeat.
+"""Partial restart: rank all filters, draw the least useful ones anew, train on, and repeat.
+
+Source: Han and Zhang, "Partial Restart of Neural Network", and its code, github.com/sjtu-cs222/Group_36 at 43e8da4.
 
     Theta(filter) = | mean over pixels of z * dC/dz |, averaged over images, divided by the layer's L2 norm of Theta
 
