@@ -44,5 +44,5 @@ lock:
 	uv pip compile --quiet --universal --python-version 3.11 --group pyproject.toml:dev --no-annotate --no-header --no-emit-index-url --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf outputs .venv mlflow.db* mlartifacts
+	rm -rf outputs .venv mlflow.db* .mlflow.db* mlartifacts
 	rm -rf .dvc/cache .dvc/tmp

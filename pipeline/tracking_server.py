@@ -41,6 +41,7 @@ def session(uri: str, tracking: Tracking, root: Path) -> Iterator[tuple[Any, str
         try:
             for name in CHATTER:
                 logging.getLogger(name).setLevel(logging.ERROR)
+            _make_database(uri)
             mlflow.set_tracking_uri(uri)
             client = mlflow.MlflowClient(uri)
             yield client, _experiment(client, tracking.experiment, uri)
@@ -97,6 +98,21 @@ def _database(uri: str) -> Path | None:
     """The file of a sqlite store."""
     found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
     return Path(found[1]).resolve() if found else None
+
+
+def _make_database(uri: str) -> None:
+    """Make a sqlite store that is missing beside its place, then rename it there: MLflow cannot go on with one half made."""
+    database = _database(uri)
+    if not database or database.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = database.with_name(f".{database.name}.partial")
+    for left in database.parent.glob(f"{partial.name}*"):
+        left.unlink()
+    store = SqlAlchemyStore(f"sqlite:///{partial}", (database.parent / "mlartifacts").as_uri())
+    store.engine.dispose()
+    partial.replace(database)
 
 
 @contextmanager

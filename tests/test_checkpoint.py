@@ -82,6 +82,18 @@ def test_what_is_saved_is_loaded(state: str, data: Prepared, tmp_path: Path) -> 
     assert difference(shrink(plain(model), SHAPE, reads), shrink(collapse(loaded), SHAPE, reads), SHAPE) == 0
 
 
+@pytest.mark.parametrize("expand", [False, True], ids=["plain", "kflo"])
+def test_the_layer_table_shows_what_is_left_of_each_layer(expand: bool, data: Prepared) -> None:
+    whole, model = build(NETWORK, expand), small(expand)
+    rows = {row["name"]: row for row in checkpoint.layer_table(model, card_of(model, data))}
+    assert list(rows) == [name for name, _ in filtering_layers(whole)]
+    for name, layer in filtering_layers(model):
+        row, kernel = rows[name.removesuffix(".layer")], layer.weight
+        assert (row["outputs"], row["inputs"]) == kernel.shape[:2]
+        assert (row["full_outputs"], row["full_inputs"]) == whole.get_submodule(row["name"]).weight.shape[:2]
+        assert row["type"] == ("Conv2d" if kernel.ndim == 4 else "Linear")
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_equal_models_make_equal_bytes(state: str, data: Prepared, tmp_path: Path) -> None:
     model = STATES[state]()

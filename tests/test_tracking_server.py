@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sample_records
 
+from pipeline import tracking_server
 from pipeline.config import Tracking
 from pipeline.errors import InputError
 from pipeline.tracking import Unreachable, publish
@@ -60,3 +61,12 @@ def test_the_stage_ends_well_without_a_server_and_says_how_to_publish_later(tmp_
     track.main()
     assert "not published; run `make track` when the server is back" in capsys.readouterr().out
     assert json.loads(Path("outputs/track/published.json").read_text())["published"] is False
+
+
+def test_a_store_that_a_kill_left_half_made_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / ".mlflow.db.partial").write_bytes(b"SQLite format 3\0 cut short")
+    (tmp_path / ".mlflow.db.partial-journal").write_bytes(b"of a process that is dead")
+    tracking = Tracking(experiment="winnow", timeout_s=5)
+    with tracking_server.session(f"sqlite:///{tmp_path / 'mlflow.db'}", tracking, tmp_path) as (client, experiment_id):
+        assert client.get_experiment(experiment_id).name == "winnow"
+    assert not list(tmp_path.glob(".mlflow.db.partial*"))

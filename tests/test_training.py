@@ -64,6 +64,13 @@ def network(expand: bool = False) -> nn.Module:
     return randomise(overparameterize(model, "kflo", width=2) if expand else model)
 
 
+class Deaf(Hook):
+    """Nothing reads the last convolution's third filter: it is the least useful one in every round."""
+
+    def prepare(self, run: Run) -> None:
+        nn.init.zeros_(run.model.get_parameter("12.weight")[:, 8:12])
+
+
 def fit(**changes: Any) -> Fit:
     return Fit.model_validate({**FIT, "epochs": EPOCHS, "batch_size": BATCH, "lr": 0.05, **changes})
 
@@ -86,6 +93,7 @@ RESTART: dict[str, Any] = {
     "divisor": 3, "restarts": 2, "final_epochs": 1, "patience": None, "max_drop": 1.0, "target": None,
     "include_residual": True, "batchnorm": "reset",
 }  # fmt: skip
+REPEATING, IMPATIENT = RESTART | {"divisor": 11}, RESTART | {"patience": 1}
 DIET: dict[str, Any] = {"groups": 2, "score": "random", "select": "max", "protect": []}
 SELECTIVE: dict[str, Any] = {"gamma": 0.4, "multiple": 1, "until": 0.8, "mean_batches": 2}
 TEACHER = Distill(loss="kl", weight=2.0, temperature=3.0)
@@ -102,7 +110,8 @@ CASES: dict[str, tuple[Callable[[], list[Hook]], dict[str, Any], bool]] = {
         True,
     ),
     "restart": (lambda: [kflo.Hook(), method("revive", "restart", **RESTART)], {"epochs": 2}, True),
-    "impatient restart": (lambda: [method("revive", "restart", **{**RESTART, "patience": 1})], {"epochs": 4, "lr": 1e-6}, False),
+    "impatient restart": (lambda: [method("revive", "restart", **IMPATIENT)], {"epochs": 4, "lr": 1e-6}, False),
+    "repeating restart": (lambda: [Deaf(), method("revive", "restart", **REPEATING)], {"epochs": 2, "lr": 1e-6}, False),
     "selective": (lambda: [kflo.Hook(), method("compress", "selective", **SELECTIVE)], {"select": "best"}, True),
     "diet with its teacher": (lambda: [kflo.Hook(), Distillation(TEACHER), method("compress", "diet", **DIET)], {}, True),
 }  # fmt: skip
@@ -132,6 +141,7 @@ def test_a_killed_training_ends_bit_for_bit_as_an_undisturbed_one(case: str, tin
     undisturbed = attempt(tiny, case, None, Killer())
     assert undisturbed is not None
     expected = outcome(undisturbed)
+    assert ("same filters" in str(expected["events"])) is ("repeating" in case)
     assert 3 <= len(expected["history"]) <= sum(expected["rounds"]) - ("impatient" in case)
     # In every second step after a whole epoch, until the training is over.
     resume, attempts = Resume(tmp_path, case.replace(" ", "-"), "0" * 16), 0
@@ -173,7 +183,7 @@ def test_a_state_of_other_parameters_or_a_damaged_one_is_not_taken_up(tiny: Prep
     file.write_bytes(b"b")
     prints.append(fingerprint({"lr": 0.1}, [file]))
     assert len(set(prints)) == 4 and all(len(value) == 16 for value in prints)
-    other_name = tmp_path / f"train-01-{'0' * 16}.safetensors"
+    other_name = tmp_path / f"train-0-1-{'0' * 16}.safetensors"
     other_name.write_bytes(b"")
     resume.clear()
     assert other_name.exists() and not resume.path.exists()
@@ -210,7 +220,8 @@ class Watch(Hook):
     def __init__(self, rounds: Sequence[int] = ()) -> None:
         self.plan = list(rounds)
         self.rates: list[list[float]] = []
-        self.fresh: list[tuple[int, bool]] = []
+        self.fresh: list[bool] = []
+        self.edited: list[int] = []
 
     def rounds(self, epochs: int) -> list[int]:
         return self.plan or super().rounds(epochs)
@@ -221,19 +232,24 @@ class Watch(Hook):
     def penalty(self, run: Run, *tensors: Tensor) -> None:
         assert run.optimizer is not None
         self.rates.append([group["lr"] for group in run.optimizer.param_groups])
-        self.fresh.append((id(run.optimizer), not run.optimizer.state))
+        self.fresh.append(not run.optimizer.state)
+
+    def after_epoch(self, run: Run) -> bool:
+        self.edited.append(run.epoch)
+        return False
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_every_round_has_a_fresh_optimiser_and_its_schedule_from_the_start(tiny: Prepared, optimizer: str) -> None:
-    run, watch = run_on(tiny, network(), fit(optimizer=optimizer, lr=0.01)), Watch([2, 1])
+    run, watch = run_on(tiny, network(), fit(optimizer=optimizer, lr=0.01)), Watch([3, 1])
     train(run, [watch])
-    cosine = [0.005 * (1 + math.cos(math.pi * step / steps)) for steps in (6, 3) for step in range(steps)]
+    cosine = [0.005 * (1 + math.cos(math.pi * step / steps)) for steps in (9, 3) for step in range(steps)]
     assert [rates[0] for rates in watch.rates] == pytest.approx(cosine)
     assert [rates[1] for rates in watch.rates] == pytest.approx([0.1 * rate for rate in cosine])
-    assert [fresh for _, fresh in watch.fresh] == [True, *[False] * 5, True, False, False]
-    assert [(row["epoch"], row["round"]) for row in run.history] == [(1, 1), (2, 1), (3, 2)]
-    assert [row["lr"] for row in run.history] == pytest.approx([cosine[2], cosine[5], cosine[8]])
+    assert watch.edited == [1, 2, 3]  # nothing trains an edit after the last epoch
+    assert watch.fresh == [True, *[False] * 8, True, False, False]
+    assert [(row["epoch"], row["round"]) for row in run.history] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert [row["lr"] for row in run.history] == pytest.approx([cosine[2], cosine[5], cosine[8], cosine[11]])
 
 
 def test_every_parameter_is_in_one_group_with_the_rule_that_hooks_give_it(tiny: Prepared) -> None:
