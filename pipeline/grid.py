@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -41,6 +42,8 @@ def check() -> dict[str, Any]:
         if key not in (*SECTIONS, *OTHERS):
             mistakes.append(f"params.yaml: {key} is not a section; sections are {', '.join((*SECTIONS, *OTHERS))}")
     parsed = {key: attempt(lambda key=key, kind=kind: parse(key, lookup(params, key), kind)) for key, kind in SECTIONS.items()}
+    if parsed["data"]:
+        attempt(lambda: _check_root(parsed["data"]))
     attempt(lambda: seeds(params))
     attempt(lambda: methods.options("models", "model", lookup(params, "model"), by="name"))
     if parsed["train"]:
@@ -54,6 +57,15 @@ def check() -> dict[str, Any]:
     if mistakes:
         raise InputError("\n".join(mistakes))
     return params
+
+
+def _check_root(data: Data) -> None:
+    """The raw data is there, or has a folder to be downloaded to: DVC watches it."""
+    root = Path(data.root)
+    if not root.exists() and (data.name == "folder" or root.suffix == ".npz"):
+        raise InputError(f"params.yaml: data.root = {data.root!r} does not exist: {data.name} is read from there")
+    if not root.exists():
+        root.mkdir(parents=True)
 
 
 def seeds(params: dict[str, Any]) -> list[int]:

@@ -16,7 +16,6 @@ import stages
 VARIANT = ("finetune", "none", "0")
 CHAIN = [
     ("check",),
-    ("source",),
     ("prepare",),
     ("coverage",),
     ("train", "0"),

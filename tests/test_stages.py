@@ -18,6 +18,7 @@ from pipeline import methods
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 COMMANDS = {name: stage["cmd"].split() for name, stage in STAGES.items() if "cmd" in stage}
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").glob("*.py")])
+BUNDLES = {name: name.removeprefix("code-") for name in STAGES if name.startswith("code-")}  # the files of a stage, listed once
 WHOLE = ("check", "coverage")  # they ask every network and method, and list the families' folders
 
 # How dvc.yaml names the one file of a family that a stage imports.
@@ -35,8 +36,7 @@ EVERY_RECORD = {"outputs/prepare/record.json"} | {
 # What each stage takes beside source files.
 TAKEN: dict[str, set[str]] = {
     "check": {"params.yaml"},
-    "source": {"outputs/check/passed.json"},
-    "prepare": {"outputs/source/source.json"},
+    "prepare": {"outputs/check/passed.json", "${data.root}"},
     "coverage": {f"{DATA}/data.json"},
     "train": {DATA, "outputs/coverage/passed.json"},
     "revive": {DATA, "outputs/train/${item.seed}/model"},
@@ -54,7 +54,6 @@ TAKEN: dict[str, set[str]] = {
     "track": EVERY_RECORD | {"outputs/report"},
 }
 PARAMETERS: dict[str, set[str]] = {
-    "source": {"data"},
     "prepare": {"data"},
     "coverage": {"model", "train.overparameterize", "variants", "revive", "compress"},
     "train": {"model", "train", "augment", "runtime"},
@@ -78,13 +77,15 @@ FLOORS = [
 
 
 def test_every_stage_of_the_chain_is_compared() -> None:
-    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "ui"}
-    named = {name for name, command in COMMANDS.items() if command[:2] == ["python", "-m"]}
+    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "ui", "code"}
+    named = {name for name, command in COMMANDS.items() if command[:2] == ["python", "-m"] and name not in BUNDLES}
     assert named == scripts == set(TAKEN)
-    for name, command in COMMANDS.items():
+    for name, stage in BUNDLES.items():
+        assert STAGES[name]["cmd"] == f"python -m stages.code {stage}" and STAGES[name]["outs"] == [f"outputs/code/{stage}.txt"]
+    for name, command in ((name, command) for name, command in COMMANDS.items() if name not in BUNDLES):
         assert command[2] == f"stages.{name}"
         assert {word.strip("${}").removeprefix("item.") for word in command[3:]} == set(STAGES[name].get("matrix", {}))
-    assert set(STAGES) - named == {"revive-method", "compress-method"}
+    assert set(STAGES) - named - set(BUNDLES) == {"revive-method", "compress-method"}
 
 
 def inside(path: str, family: str) -> bool:
@@ -99,6 +100,9 @@ def test_deps_are_the_import_closure(stage: str) -> None:
         files = {path for path in files if not any(inside(path, family) for family in FAMILIES)}
     chosen = {f"pipeline/{family}" if stage in WHOLE else CHOSEN[family] for family in families}
     deps = STAGES[stage]["deps"]
+    if f"code-{stage}" in BUNDLES:
+        deps = [path for path in deps if path != f"outputs/code/{stage}.txt"] + STAGES[f"code-{stage}"]["deps"]
+        assert len(deps) > len(STAGES[stage]["deps"])
     assert len(deps) == len(set(deps))
     assert set(deps) == files | chosen | TAKEN[stage]
 
