@@ -28,7 +28,7 @@ test: .venv/installed
 
 gpu: .venv/installed
 	pytest -m gpu
-	for benchmark in benchmarks/*.py; do python $$benchmark || exit 1; done
+	for network in cifar_quick resnet resnet18; do python -m benchmarks.training --network $$network || exit 1; done
 	dvc repro --single-item --force $$(dvc stage list --name-only | grep '^profile@')
 
 ui: .venv/installed

@@ -84,13 +84,18 @@ def keep(layer: FilteringLayer, outputs: Tensor, inputs: Tensor) -> None:
         if parametrize.is_parametrized(layer, tensor):
             layer.parametrizations[tensor][0].keep(outputs, inputs)  # type: ignore[index]
         elif tensor == "weight":
-            layer.weight = nn.Parameter(layer.weight.detach()[outputs][:, inputs].clone())
+            layer.weight = _like(layer.weight, layer.weight[outputs][:, inputs])
         elif layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias.detach()[outputs].clone())
+            layer.bias = _like(layer.bias, layer.bias[outputs])
     if isinstance(layer, nn.Conv2d):
         layer.out_channels, layer.in_channels = len(outputs), len(inputs)
     else:
         layer.out_features, layer.in_features = len(outputs), len(inputs)
+
+
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+    """`new` as a parameter that trains where `old` did."""
+    return nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad)
 
 
 def _cut_grouped(name: str, layer: nn.Conv2d, outputs: Tensor, inputs: Tensor) -> None:
@@ -111,7 +116,7 @@ def _cut_grouped(name: str, layer: nn.Conv2d, outputs: Tensor, inputs: Tensor) -
         columns = columns.to(layer.weight.device)
         kernels = layer.weight.detach()[outputs]
         keep(layer, outputs, staying[0])
-        layer.weight = nn.Parameter(kernels.gather(1, columns[..., None, None].expand(-1, -1, *kernels.shape[2:])))
+        layer.weight = _like(layer.weight, kernels.gather(1, columns[..., None, None].expand(-1, -1, *kernels.shape[2:])))
     layer.groups, layer.in_channels = len(staying), len(inputs)
 
 
@@ -125,7 +130,7 @@ def _cut_channelwise(name: str, module: Any, kept: Tensor) -> None:
         return
     for tensor in ("weight", "bias"):
         if getattr(module, tensor) is not None:
-            setattr(module, tensor, nn.Parameter(getattr(module, tensor).detach()[kept].clone()))
+            setattr(module, tensor, _like(getattr(module, tensor), getattr(module, tensor)[kept]))
     for buffer in ("running_mean", "running_var"):
         if getattr(module, buffer) is not None:
             setattr(module, buffer, getattr(module, buffer)[kept].clone())

@@ -221,3 +221,11 @@ def test_groups_may_go_or_shrink_alike(reads: dict[str, Tensor], shape: list[int
 def test_what_cannot_be_cut_is_refused_by_the_layers_name(reads: dict[str, Tensor], names: str) -> None:
     with pytest.raises(InputError, match=f"layer {names}"):
         shrink(randomise(Grouped()), SMALL, reads)
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model = models.build("cifar_quick", input_shape=(1, 16, 16), classes=4)
+    model.get_submodule("conv1").requires_grad_(False)
+    smaller = shrink(model, (1, 16, 16), {"conv2": torch.arange(32) < 8})
+    for name, parameter in smaller.named_parameters():
+        assert parameter.requires_grad != name.startswith("conv1."), name
