@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from pipeline import checkpoint, methods
 from pipeline.config import Train, Variants, lookup, parse, read_params
 from pipeline.data.batches import load
@@ -16,11 +18,12 @@ def main() -> None:
     params = read_params()
     data = load(PREPARED)
     network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
-    model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
     wanted = parse("train", lookup(params, "train"), Train).overparameterize
     expansion = methods.options("overparameterize", "train.overparameterize", wanted).model_dump()
-    if (method := expansion.pop("method")) != "none":
-        overparameterize(model, method, **expansion)
+    with torch.device("meta"):  # shapes alone: no memory, no random numbers
+        model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
+        if (method := expansion.pop("method")) != "none":
+            overparameterize(model, method, **expansion)
     variants = parse("variants", lookup(params, "variants"), Variants)
     notes: dict[str, list[str]] = {}
     for family, names in (("revive", variants.revive), ("compress", variants.compress)):

@@ -108,7 +108,7 @@ class Reactivation(hooks.Hook):
         if not layers:
             raise InputError("reactivation: the network has no convolution with kernels larger than 1x1; choose another method")
         others = [name for name, _ in filtering_layers(model) if name not in layers]
-        return [f"reactivation leaves layers without k x k kernels as they are: {', '.join(others)}"] if others else []
+        return [f"reactivation leaves layers whose filters have no k x k kernels to compare: {', '.join(others)}"] if others else []
 
     def after_epoch(self, run: hooks.Run) -> bool:
         options = self.options
