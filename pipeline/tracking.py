@@ -68,7 +68,10 @@ class _Publisher:
         self.holders: dict[str, str] = {}  # fingerprint of a record -> the run that holds its files
 
     def update(self, wanted: list[Chain], prints: dict[str, str]) -> Published:
-        """Add what is missing, then delete what it replaces, then point links to runs that still live."""
+        """Add what is missing, mark the runs of the present grid, delete what a crash left, and point links to living runs.
+
+        A run that a newer one replaces stays: its tag winnow.current becomes "false".
+        """
         runs = self._runs()
         tops = [run for run in runs if run.data.tags.get("winnow.variant") in prints]
         current: dict[str, Run] = {}
@@ -77,7 +80,7 @@ class _Publisher:
             if same and run.info.status == "FINISHED":
                 current.setdefault(run.data.tags["winnow.variant"], run)
         kept = {run.info.run_id for run in current.values()}
-        doomed = [run for run in tops if run.info.run_id not in kept]
+        doomed = [run for run in tops if run.info.status != "FINISHED"]
         gone = {run.info.run_id for run in doomed}
         for run in runs:
             if run.data.tags.get("winnow.files") == "here" and run.data.tags.get("mlflow.parentRunId") not in gone:
@@ -85,9 +88,14 @@ class _Publisher:
         for index, chain in enumerate(wanted):
             if chain.name not in current:
                 self._add(chain, prints[chain.name], _color(index))
+        for run in runs:
+            tags = run.data.tags
+            wish = "true" if run.info.run_id in kept else "false"
+            if "winnow.variant" in tags and run not in doomed and tags.get("winnow.current") != wish:
+                self.client.set_tag(run.info.run_id, "winnow.current", wish)
         self._delete(doomed, runs)
         self._relink()
-        replaced = {run.data.tags["winnow.variant"] for run in doomed} - current.keys()
+        replaced = {run.data.tags["winnow.variant"] for run in tops} - current.keys()
         return Published(len(wanted) - len(current) - len(replaced), len(replaced), len(current), self.experiment_id)
 
     def _runs(self) -> list["Run"]:
@@ -120,6 +128,7 @@ class _Publisher:
         for name in chain.records.get("export", {}).get("artifacts", []):
             if name.endswith(".onnx"):
                 log_model(self.client, self.experiment_id, run_id, parameters, _folder(self.root, chain.records["export"]) / name)
+        self.client.set_tag(run_id, "winnow.current", "true")
         self.client.set_terminated(run_id, "FINISHED", max(end for _, end in spans))
 
     def _add_stage(self, parent: str, stage: str, record: Record) -> None:

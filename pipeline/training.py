@@ -38,6 +38,7 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.M
         resume.load_optimizer(run)
     with Progress(run) as progress:
         _train_rounds(run, hooks, resume, progress)
+    run.round = min(run.round, len(run.rounds))
     if run.best:
         run.model.load_state_dict(run.best)
     for hook in hooks:

@@ -8,7 +8,7 @@ from pipeline.files import read_json
 from stages import folder, run
 
 PORT = "5000"
-ONLY_VARIANTS = quote('tags.`winnow.variant` != ""')
+PRESENT_GRID = quote('tags.`winnow.current` = "true"')
 SORTED = f"orderByKey={quote('metrics.`accuracy`')}&orderByAsc=false"
 
 
@@ -19,7 +19,7 @@ def main() -> None:
         raise InputError(f"the runs are not in MLflow ({published['reason']}): `make track` publishes them")
     local = published["uri"].startswith("sqlite:")
     server = f"http://127.0.0.1:{PORT}" if local else published["uri"].rstrip("/")
-    view = f"compareRunsMode=CHART&workflowType=machine_learning&{SORTED}&searchFilter={ONLY_VARIANTS}"
+    view = f"compareRunsMode=CHART&workflowType=machine_learning&{SORTED}&searchFilter={PRESENT_GRID}"
     print(f"{server}/#/experiments/{published['experiment_id']}/runs?{view}", flush=True)
     if local:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

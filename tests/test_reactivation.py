@@ -251,7 +251,7 @@ def test_what_has_no_shape_to_keep_is_told_beforehand() -> None:
     model = network()
     assert list(eligible(model)) == TREATED
     notes = create(options()).coverage(model, (1, 8, 8))
-    assert notes == ["reactivation leaves layers without k x k kernels as they are: first, depthwise, pointwise, fc"]
+    assert notes == ["reactivation leaves layers whose filters have no k x k kernels to compare: first, depthwise, pointwise, fc"]
     assert Hook().coverage(model, (1, 8, 8)) == []
     with pytest.raises(InputError, match="no convolution with kernels larger than 1x1"):
         create(options()).coverage(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4)), (3, 8, 8))

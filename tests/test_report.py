@@ -291,3 +291,22 @@ def test_the_stage_reports_the_present_grid_alone(tmp_path: Path, monkeypatch, c
     assert list(json.loads(Path("outputs/report/metrics.json").read_text())) == ["finetune-none-0", "finetune-diet-0"]
     told = capsys.readouterr().out
     assert "finetune-diet-0" in told and "restart" not in told and "outputs/report/index.html" in told
+
+
+def test_the_fastest_is_found_by_paired_ratios_and_the_more_accurate_on_a_tie():
+    timed = ((0.8, 0.0385, 1.54), (0.86, 0.0400, 1.54), (0.9, 0.0600, 1.0))  # the first's process ran a little faster
+    made = [
+        rows.Row(f"r{i}", "c", 0, {"accuracy_onnx": a, "size_mb": 1.0, "latency_cpu_b1_p50_ms": t, "speedup_cpu_b1": s}, False)
+        for i, (a, t, s) in enumerate(timed)
+    ]
+    assert rows.picks(rows.Report([], made, [], ["cpu_b1"], {}))["fastest"] is made[1]
+
+
+def test_a_time_that_stayed_noisy_is_marked_in_the_table_and_in_the_mean():
+    records = sample_records.grid(seeds=(0, 1))
+    noisy = next(r for r in records if (r["stage"], r["variant"]) == ("profile", "finetune-diet-1"))
+    noisy["events"].append({"kind": "latency", "provider": "cpu", "batch": 32, "stable": False})
+    text = table.markdown(rows.build(records))
+    marked = [line for line in text.splitlines() if "| ~" in line]
+    assert [line.split("|")[1].strip() for line in marked] == ["finetune-diet", "finetune-diet-1"]
+    assert all(line.count("~") == 2 for line in marked)  # the latency and the speed-up at batch 32, not at batch 1

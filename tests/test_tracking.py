@@ -59,8 +59,9 @@ class Store:
         return list(self.client.search_runs([self.client.get_experiment_by_name(name).experiment_id], max_results=1000))
 
     def tops(self, name: str) -> dict[str, Any]:
-        """The top-level runs of an experiment by variant."""
+        """The top-level runs of the present grid in an experiment, by variant."""
         tops = [run for run in self.runs(name) if "mlflow.parentRunId" not in run.data.tags]
+        tops = [run for run in tops if run.data.tags.get("winnow.current") != "false"]
         assert len({run.info.run_name for run in tops}) == len(tops)
         return {run.info.run_name: run for run in tops}
 
@@ -213,12 +214,16 @@ def test_a_changed_record_replaces_its_variant_alone_and_links_stay_alive(store)
     assert after[holder].info.run_id != before[holder].info.run_id
     (other,) = VARIANTS - {holder}
     assert after[other].info.run_id == before[other].info.run_id
-    assert len(store.runs("changed")) == 16
+    assert len(store.runs("changed")) == 24  # the replaced run and its stages stay
+    stale = [run for run in store.runs("changed") if run.data.tags.get("winnow.current") == "false"]
+    assert [run.info.run_id for run in stale] == [before[holder].info.run_id]
     living = {run.info.run_id for run in store.runs("changed")}
     assert {run.data.tags.get("winnow.files", "here") for run in store.runs("changed")} - {"here"} <= living
     models = store.client.search_logged_models([done.experiment_id])
-    assert {model.source_run_id for model in models} == {run.info.run_id for run in after.values()}
+    assert {model.source_run_id for model in models} == {run.info.run_id for run in [*stale, *after.values()]}
     assert store.publish("changed", records).unchanged == 2
+    assert store.publish("changed", small_grid()).unchanged == 2  # back to the first parameters: the first run is current again
+    assert {name: run.info.run_id for name, run in store.tops("changed").items()} == {n: r.info.run_id for n, r in before.items()}
 
 
 def test_a_publication_that_broke_off_is_repaired(store):

@@ -49,7 +49,9 @@ def render(report: Report) -> str:
 
 
 def _title(report: Report) -> str:
-    several = f"{len(report.rows)} variants" if len(report.rows) != 1 else "1 variant"
+    count, seeds = len(report.compared), len({row.seed for row in report.rows})
+    several = f"{count} variants" if count != 1 else "1 variant"
+    several += f", {seeds} seeds each," if seeds > 1 else ""
     flat = flat_parameters(report.chains[0].records) if report.chains else {}
     network, data = flat.get("model.name"), flat.get("data.name")
     return several + (f" of {network}" if network else "") + (f" on {data}" if data else "")

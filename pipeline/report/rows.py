@@ -116,8 +116,9 @@ def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
 
 
 def picks(report: Report) -> dict[str, Row]:
-    """The rows a reader looks for, all on a front: "most accurate", "smallest" and "fastest". Costs within `TIE` of the least
-    count as equal, and the more accurate of them is picked. A pick whose figures are missing is left out."""
+    """The rows a reader looks for: "most accurate", "smallest" and "fastest". Costs within `TIE` of the least count as equal, and
+    the more accurate of them is picked. Speed is compared by the paired speed-ups where all rows have one: times taken in
+    different processes differ by more. A pick whose figures are missing is left out."""
     latency = [cost for cost in report.costs if cost.startswith("latency_")]
     latency = [*(cost for cost in latency if cost.startswith("latency_cpu")), *latency][:1]  # the CPU's first, where it was timed
     wanted = [("most accurate", "size_mb", math.inf), ("smallest", "size_mb", TIE), *(("fastest", key, TIE) for key in latency)]
@@ -125,9 +126,11 @@ def picks(report: Report) -> dict[str, Row]:
     for title, key, tie in wanted:
         known = [row for row in report.compared if key in row.values and ACCURACY in row.values]
         if known:
-            limit = min(row.values[key] for row in known) * (1 + tie)
-            cheap = [row for row in known if row.values[key] <= limit]
-            chosen[title] = min(cheap, key=lambda row: (-row.values[ACCURACY], row.values[key]))  # noqa: B023
+            paired = key.replace("latency_", "speedup_").removesuffix("_p50_ms")
+            by_pairs = paired != key and all(row.values.get(paired) for row in known)
+            costs = {row.name: 1 / row.values[paired] if by_pairs else row.values[key] for row in known}
+            cheap = [row for row in known if costs[row.name] <= min(costs.values()) * (1 + tie)]
+            chosen[title] = min(cheap, key=lambda row: (-row.values[ACCURACY], costs[row.name]))  # noqa: B023
     return chosen
 
 
@@ -137,7 +140,10 @@ def _values(chain: Chain) -> dict[str, float]:
         known = [value for stage, name in places if (value := chain.metric(stage, name)) is not None]
         if known:
             found[key] = known[0]
-    timed = chain.records.get("profile", {}).get("metrics", {})
+    profile = chain.records.get("profile", {})
+    noisy = [event for event in profile.get("events", []) if event["kind"] == "latency" and not event["stable"]]
+    found |= {f"unstable_{event['provider']}_b{event['batch']}": 1.0 for event in noisy}
+    timed = profile.get("metrics", {})
     return found | {key: value for key, value in timed.items() if key.startswith(("latency_", "speedup_", "throughput_"))}
 
 
@@ -160,5 +166,6 @@ def _means(rows: list[Row]) -> list[Row]:
         shared = [key for key in group[0].values if "_ci_" not in key and all(key in row.values for row in group)]
         collect: Callable[[Callable], dict[str, float]] = lambda of: {k: of([row.values[k] for row in group]) for k in shared}  # noqa: B023, E731
         spread = collect(statistics.stdev) if len(group) > 1 else {}
-        result.append(Row(revive, compress, None, collect(statistics.fmean), group[0].control, len(group), spread))
+        noisy = {key: 1.0 for row in group for key in row.values if key.startswith("unstable_")}
+        result.append(Row(revive, compress, None, collect(statistics.fmean) | noisy, group[0].control, len(group), spread))
     return result

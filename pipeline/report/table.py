@@ -76,12 +76,18 @@ def cell(row: Row, column: Column, *, detail: bool = True) -> str:
     value = row.values.get(column.key)
     if value is None:
         return MISSING
-    shown = write_figure(value, column.form)
+    shown = ("~" if unstable(row, column.key) else "") + write_figure(value, column.form)
     if detail and row.spread.get(column.key, 0.0) > 1e-9 * abs(value):
         return f"{shown} ± {_spread(row.spread[column.key], column.form)}"
     if detail and (ends := interval(row, column.key)):
         return f"{shown} [{', '.join(write_figure(end, column.form, unit=False) for end in ends)}]"
     return shown
+
+
+def unstable(row: Row, key: str) -> bool:
+    """Whether the figure is a time, or a ratio of times, that was still noisy after all attempts."""
+    setting = key.removeprefix("latency_").removeprefix("speedup_").removesuffix("_p50_ms")
+    return f"unstable_{setting}" in row.values and key != setting
 
 
 def _spread(value: float, form: str) -> str:
@@ -118,7 +124,8 @@ def markdown(report: Report) -> str:
 EXPLANATION = (
     "Accuracy on the test split, of the ONNX file unless it says after which stage. MAC: one multiply-add counts one; for one "
     "image. Size: of the ONNX file, 10^6 bytes. Latency: median of one call, [95 % interval]. Speed-up: median of the paired "
-    "ratios to the control, marked *, measured call by call beside it. Change: against the control of the same seed, in points."
+    "ratios to the control, marked *, measured call by call beside it; ~ before a time or "
+    "a speed-up: still noisy after all attempts. Change: against the control of the same seed, in points."
 )
 
 
