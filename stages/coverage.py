@@ -22,8 +22,7 @@ def main() -> None:
     expansion = methods.options("overparameterize", "train.overparameterize", wanted).model_dump()
     with torch.device("meta"):  # shapes alone: no memory, no random numbers
         model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
-        if (method := expansion.pop("method")) != "none":
-            overparameterize(model, method, **expansion)
+        overparameterize(model, expansion.pop("method"), **expansion)
     variants = parse("variants", lookup(params, "variants"), Variants)
     notes: dict[str, list[str]] = {}
     for family, names in (("revive", variants.revive), ("compress", variants.compress)):

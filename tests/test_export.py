@@ -76,13 +76,10 @@ def card(name: str) -> dict[str, Any]:
     }
 
 
-def test_split(count: int = 70) -> list[tuple[Tensor, Tensor]]:
+def pictures_to_prove_on(count: int = 70) -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(2)
     images, labels = torch.randn(count, *SHAPE, generator=draw), torch.randint(10, (count,), generator=draw)
     return list(zip(images.split(32), labels.split(32), strict=True))
-
-
-test_split.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module", params=list(NETWORKS))
@@ -103,7 +100,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 
 def test_file_and_torch_agree_on_logits_classes_and_accuracy(exported: tuple[str, nn.Module, Path]) -> None:
     _, model, path = exported
-    split = test_split()
+    split = pictures_to_prove_on()
     figures = verify(model, path, split, **LOOSE)
     assert figures["top1_agreement"] == 1 and figures["images"] == 70
     assert 0 < figures["max_abs_difference"] < 1e-4
@@ -116,7 +113,7 @@ def test_any_batch_size_runs_and_an_image_does_not_depend_on_its_neighbours(
     exported: tuple[str, nn.Module, Path],
 ) -> None:
     session = onnxruntime.InferenceSession(exported[2], providers=["CPUExecutionProvider"])
-    images = test_split()[0][0].numpy()
+    images = pictures_to_prove_on()[0][0].numpy()
     alone = [np.asarray(session.run(["logits"], {"images": images[i : i + 1]})[0]) for i in range(7)]
     together = np.asarray(session.run(["logits"], {"images": images[:7]})[0])
     assert together.shape == (7, 10)
@@ -180,7 +177,7 @@ def test_file_with_one_altered_weight_does_not_pass(one: tuple[nn.Module, Path],
     weights.CopyFrom(numpy_helper.from_array(values, weights.name))
     onnx.save(proto, tmp_path / "altered.onnx")
     with pytest.raises(ExportError, match=r"altered.onnx does not compute .* max_abs_difference 0\.\d"):
-        verify(one[0], tmp_path / "altered.onnx", test_split(), **LOOSE)
+        verify(one[0], tmp_path / "altered.onnx", pictures_to_prove_on(), **LOOSE)
 
 
 def test_file_that_answers_nan_does_not_pass(one: tuple[nn.Module, Path], tmp_path: Path) -> None:
@@ -189,7 +186,7 @@ def test_file_that_answers_nan_does_not_pass(one: tuple[nn.Module, Path], tmp_pa
     bias.CopyFrom(numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
     onnx.save(proto, tmp_path / "nan.onnx")
     with pytest.raises(ExportError, match="max_abs_difference nan"):
-        verify(one[0], tmp_path / "nan.onnx", test_split(), **LOOSE)
+        verify(one[0], tmp_path / "nan.onnx", pictures_to_prove_on(), **LOOSE)
 
 
 def test_file_fixed_to_one_batch_size_is_refused(one: tuple[nn.Module, Path], tmp_path: Path) -> None:
@@ -197,11 +194,11 @@ def test_file_fixed_to_one_batch_size_is_refused(one: tuple[nn.Module, Path], tm
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 32
     onnx.save(proto, tmp_path / "fixed.onnx")
     with pytest.raises(InputError, match=r"fixed.onnx takes .*\[32, 3, 64, 64\]"):
-        verify(one[0], tmp_path / "fixed.onnx", test_split(), **LOOSE)
+        verify(one[0], tmp_path / "fixed.onnx", pictures_to_prove_on(), **LOOSE)
 
 
 def test_fewer_images_than_the_largest_batch_are_repeated(one: tuple[nn.Module, Path]) -> None:
-    assert verify(*one, test_split(3), **LOOSE)["images"] == 3
+    assert verify(*one, pictures_to_prove_on(3), **LOOSE)["images"] == 3
     with pytest.raises(InputError, match="no test images"):
         verify(*one, [], **LOOSE)
 
@@ -209,9 +206,9 @@ def test_fewer_images_than_the_largest_batch_are_repeated(one: tuple[nn.Module, 
 def test_nothing_stands_at_the_place_of_a_file_that_failed(tmp_path: Path) -> None:
     place = tmp_path / "outputs" / "model.onnx"
     with pytest.raises(ExportError):
-        export_proven(network("select"), card("select"), place, test_split(), opset=20, atol=1e-12, rtol=0)
+        export_proven(network("select"), card("select"), place, pictures_to_prove_on(), opset=20, atol=1e-12, rtol=0)
     assert list(place.parent.iterdir()) == []
-    export_proven(network("select"), card("select"), place, test_split(), opset=18, **LOOSE)
+    export_proven(network("select"), card("select"), place, pictures_to_prove_on(), opset=18, **LOOSE)
     assert [path.name for path in place.parent.iterdir()] == ["model.onnx"]
     assert onnx.load(place).opset_import[0].version == 18
 

@@ -33,7 +33,6 @@ def collapse(model: nn.Module) -> nn.Module:
             shared: Any = type(layer)
             own: Any = type(shared.__name__, shared.__bases__, dict(vars(shared)))
             layer.__class__ = own
-        # The bias first: its parametrisation reads the weight's.
         for tensor in ("bias", "weight"):
             if parametrize.is_parametrized(layer, tensor):
                 parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
