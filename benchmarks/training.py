@@ -136,7 +136,7 @@ def _random_data(tmp: Path, images: int) -> Path:
     np.savez(tmp / "random.npz", **arrays)
     options = {"name": "cifar10", "root": str(tmp / "random.npz"), "download": False, "image_size": None, "storage": "memory"}
     share = held / (images + held)
-    prepare(Data(**options, validation=share, test=0.1, split_seed=0, mean="auto", std="auto"), tmp / "data")
+    prepare(Data(**options, validation=share, test=0.1, per_class=None, split_seed=0, mean="auto", std="auto"), tmp / "data")
     return tmp / "data"
 
 

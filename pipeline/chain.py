@@ -54,17 +54,16 @@ def train_stage(
     *,
     fit: Fit,
     hooks: Sequence[Hook] = (),
-    parent: Path | None = None,
+    inputs: Sequence[Path] = (),
     out: Path,
 ) -> None:
     """Train `model` with `hooks` and write `out`/model and `out`/record.json.
 
-    `parent` is the folder that the model came from. The hooks of the card's over-parameterisation join by themselves. The test
+    `inputs` are the files that the model came from. The hooks of the card's over-parameterisation join by themselves. The test
     split is touched once, after the last epoch.
     """
     stage, seed = record.identity["stage"], record.identity["seed"]
     assert isinstance(seed, int)
-    inputs = sorted(parent.iterdir()) if parent else []
     decisive = [record.identity, record.parameters, where.prepared.fingerprint, str(where.device)]
     resume = Resume(where.resume, f"{stage}-{record.identity['variant']}", fingerprint(decisive, inputs))
     train_batches = where.batches("train", fit.batch_size, seed)
@@ -78,7 +77,8 @@ def train_stage(
 def expansion_hooks(card: dict[str, Any]) -> list[Hook]:
     """What the over-parameterisation of a model adds to its training."""
     expansion = card["expansion"]
-    return [methods.load("overparameterize", expansion["method"]).Hook(**expansion["arguments"])] if expansion else []
+    hook = getattr(methods.load("overparameterize", expansion["method"]), "Hook", None) if expansion else None
+    return [hook(**expansion["arguments"])] if hook else []
 
 
 def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dict[str, Any], out: Path) -> None:

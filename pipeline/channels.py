@@ -8,7 +8,8 @@ lists; flattening repeats each id once a pixel. What it does not understand pins
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,13 +89,42 @@ class _Tracer(fx.Tracer):
 
 def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
     """The channels of `model` for one image of shape (C, H, W). `InputError` where torch.fx cannot trace the network."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with _tracing(model):
         traced = fx.GraphModule(model, _Tracer().trace(model))
         example = next(model.parameters()).new_zeros(1, *input_shape)
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
+    return _Follower(traced).channels
+
+
+def norms_after(model: nn.Module) -> dict[str, str]:
+    """The batch norm that alone reads a convolution, by their qualified names; layers called more than once are left out.
+    `InputError` where torch.fx cannot trace the network."""
+    with _tracing(model):
+        return _norms(_Tracer().trace(model), dict(model.named_modules()))
+
+
+def _norms(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, str]:
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    often = {name for name, count in Counter(str(node.target) for node in calls).items() if count > 1}
+    found = {}
+    for node in calls:
+        (source, *_) = [*node.all_input_nodes, None]
+        if source is None or source.op != "call_module" or len(source.users) > 1 or often & {str(node.target), str(source.target)}:
+            continue
+        norm, layer = modules[str(node.target)], modules[str(source.target)]
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and isinstance(layer, nn.Conv2d):
+            found[str(source.target)] = str(node.target)
+    return found
+
+
+@contextmanager
+def _tracing(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; what goes wrong as an `InputError`."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     except Exception as error:  # whatever a foreign forward raises
         cause = error.__cause__ or error
         raise InputError(
@@ -104,7 +134,6 @@ def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
     finally:
         for module, training in modes.items():
             module.training = training
-    return _Follower(traced).channels
 
 
 class _Follower:
@@ -113,6 +142,7 @@ class _Follower:
     def __init__(self, traced: fx.GraphModule) -> None:
         self.channels = Channels()
         self.modules = dict(traced.named_modules())
+        self.channels.norm_after = _norms(traced.graph, self.modules)
         uses = Counter(str(n.target) for n in traced.graph.nodes if n.op == "call_module")
         uses.update(str(n.target).rpartition(".")[0] for n in traced.graph.nodes if n.op == "get_attr")
         # What serves more than once and has widths of its own must stay as it is.
@@ -177,10 +207,6 @@ class _Follower:
 
     def norm(self, node: fx.Node, name: str, layer: nn.Module, ids: list[int]) -> list[int]:
         self.channels.channelwise[name] = ids
-        (source,) = node.all_input_nodes
-        convolution = source.op == "call_module" and isinstance(self.modules[str(source.target)], nn.Conv2d)
-        if convolution and len(source.users) == 1:
-            self.channels.norm_after[str(source.target)] = name
         return ids
 
     def pad(self, node: fx.Node, name: str, layer: ChannelPad, ids: list[int]) -> list[int]:

@@ -52,6 +52,7 @@ class Data(Section):
     storage: Literal["auto", "memory", "stream"]
     validation: float = Fraction  # share of the training images held out for every selection
     test: float = Fraction  # share held out for the test where the data has no test split of its own
+    per_class: int | None = Field(ge=1)  # training images of each class, drawn uniformly with split_seed; null: all
     split_seed: int
     mean: Literal["auto"] | list[float]  # per channel of pixels in [0, 1]; auto: measured on the training images
     std: Literal["auto"] | list[float]
@@ -126,8 +127,17 @@ class CompressBlock(Block):
 class Train(Section):
     """The first training, over-parameterised."""
 
+    start: str  # folder whose sub-folders hold networks of other trainings, to start from; empty: fresh weights
     overparameterize: dict[str, Any]  # `method` and its options
+    bias_lr: float = Field(gt=0)  # learning rate of biases, as a multiple of the others'
+    ema: float | None = Field(gt=0, lt=1)  # decay of the moving average of weights that is kept in their place; null: none
     fit: Fit
+
+    @model_validator(mode="after")
+    def _an_average_is_of_all_epochs(self) -> Self:
+        if self.ema is not None and self.fit.select == "best":
+            raise PydanticCustomError("ema", "ema averages to the end: with it, fit.select must be last")
+        return self
 
 
 class Variants(Section):

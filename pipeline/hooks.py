@@ -6,6 +6,7 @@ One stage trains in one or more rounds, each with a fresh optimiser and its lear
     prepare                 once, before any optimiser exists: change the model
     begin_round             before each round's optimiser exists: edit weights, or end the training
       penalty               every step: a term added to the loss
+      after_step            after every step of the optimiser
       after_epoch           after the epoch's validation: edit weights in place, or end the round; never after the last epoch
     finish                  once, after the last epoch: change the model
 """
@@ -22,10 +23,16 @@ from pipeline.data.batches import Batches
 
 
 class ParameterRule(NamedTuple):
-    """How the optimiser treats one parameter: its weight decay, and its learning rate as a multiple of the schedule's."""
+    """How the optimiser treats one parameter: its weight decay (None: the fit's), and its learning rate as a multiple of the
+    schedule's. Where several hooks have a rule for it, the last weight decay holds and the multiples multiply."""
 
-    weight_decay: float
+    weight_decay: float | None = None
     lr_scale: float = 1.0
+
+    def then(self, other: "ParameterRule") -> "ParameterRule":
+        """This rule with another hook's on top."""
+        decay = self.weight_decay if other.weight_decay is None else other.weight_decay
+        return ParameterRule(decay, self.lr_scale * other.lr_scale)
 
 
 @dataclass
@@ -104,6 +111,9 @@ class Hook:
         """A scalar added to the loss of one step."""
         return None
 
+    def after_step(self, run: Run) -> None:
+        """Look at the weights, or change them in place, after a step of the optimiser."""
+
     def after_epoch(self, run: Run) -> bool:
         """Edit weights in place after an epoch and its validation; True ends the round."""
         return False
@@ -115,5 +125,20 @@ class Hook:
         """What must survive an interruption beside the model's own tensors, as JSON."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that must survive it too."""
+        return {}
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take up what `state` and `tensors` gave."""
+
+
+class BiasRate(Hook):
+    """Every bias, batch norm's included, learns at `scale` times the rate: ACNet's trainer, and KFLO's after it, double it."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def parameter_rules(self, run: Run) -> dict[nn.Parameter, ParameterRule]:
+        biases = {parameter for name, parameter in run.model.named_parameters() if "bias" in name}
+        return {parameter: ParameterRule(lr_scale=self.scale) for parameter in biases}

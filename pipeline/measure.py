@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+
+from pipeline.expansion import collapse
 
 Handle = Callable[[list[Any], list[Any]], int]
 
@@ -44,7 +45,7 @@ def count(model: nn.Module, input_shape: Sequence[int], handles: Mapping[str, Ha
         warnings.simplefilter("ignore")  # fvcore traces with torch.jit, which torch deprecates
         from fvcore.nn import FlopCountAnalysis, jit_handles
 
-        deployed = _deployed(model)
+        deployed = collapse(copy.deepcopy(model)).eval()
         device = next((parameter.device for parameter in deployed.parameters()), torch.device("cpu"))
         analysis = FlopCountAnalysis(deployed, torch.zeros(1, *input_shape, device=device))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -78,20 +79,3 @@ def parameters(model: nn.Module) -> int:
 def size_mb(path: Path) -> float:
     """Size of a file in 10^6 bytes."""
     return path.stat().st_size / 1e6
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    """A copy in evaluation, every parametrised tensor replaced by the tensor it computes.
-
-    Not by `remove_parametrizations`: that edits the module's class, which a copy shares with the original.
-    """
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            parametrizations: Any = module.parametrizations
-            tensors = {name: getattr(module, name).detach() for name in parametrizations}
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            for name, tensor in tensors.items():
-                module.register_parameter(name, nn.Parameter(tensor))
-    return model

@@ -1,6 +1,6 @@
 """The state of an unfinished training, kept after every epoch so that a killed run continues exactly.
 
-One safetensors file: tensors of the model, of the optimiser and of the best model so far, and as its metadata the rest in JSON.
+One safetensors file: tensors of the model, the optimiser, the hooks and the best model so far, and as its metadata the rest in JSON.
 Its name carries a fingerprint of everything that decides the result, so a changed parameter, input or source never resumes.
 Random numbers need no state: every epoch draws its own from the seed.
 """
@@ -43,6 +43,8 @@ class Resume:
         assert run.optimizer is not None
         tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in (run.best or {}).items()}
+        for index, hook in enumerate(hooks):
+            tensors |= {f"hook.{index}.{name}": tensor for name, tensor in hook.tensors().items()}
         for index, state in run.optimizer.state_dict()["state"].items():
             # A momentum that SGD has not set yet is None.
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
@@ -60,8 +62,8 @@ class Resume:
             return False
         for name in POSITION:
             setattr(run, name, rest[name])
-        for hook, state in zip(hooks, rest["hooks"], strict=True):
-            hook.load_state(state)
+        for index, (hook, state) in enumerate(zip(hooks, rest["hooks"], strict=True)):
+            hook.load_state(state, self._part(f"hook.{index}."))
         run.model.load_state_dict(self._part("model."))
         run.best = {name: tensor.to(run.device) for name, tensor in self._part("best.").items()} or None
         return True

@@ -161,7 +161,7 @@ def _wrap(model: nn.Module, name: str, index: Tensor) -> None:
 
 def structure(model: nn.Module) -> dict[str, Any]:
     """The channels of every layer, as JSON: what `restructure` needs to make the same modules again."""
-    found: dict[str, dict[str, Any]] = {"selects": {}, "filtering": {}, "norms": {}, "pads": {}}
+    found: dict[str, dict[str, Any]] = {"selects": {}, "filtering": {}, "biases": {}, "norms": {}, "pads": {}}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             found["filtering"][name] = [module.in_channels, module.out_channels, module.groups]
@@ -173,6 +173,8 @@ def structure(model: nn.Module) -> dict[str, Any]:
             found["pads"][name] = [module.before, module.after]
         elif isinstance(module, ChannelSelect):
             found["selects"][name.removesuffix(".select")] = len(module.index)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            found["biases"][name] = module.bias is not None
     return found
 
 
@@ -192,6 +194,10 @@ def restructure(model: nn.Module, wanted: dict[str, Any]) -> None:
             keep(layer, torch.arange(outputs), torch.arange(inputs // groups))
             if isinstance(layer, nn.Conv2d):
                 layer.groups, layer.in_channels = groups, inputs
+    for name, biased in wanted["biases"].items():
+        layer = model.get_submodule(name)
+        if biased and layer.bias is None:  # merging branches can add one
+            layer.bias = nn.Parameter(layer.weight.new_empty(wanted["filtering"][name][1]))
     for name, count in wanted["norms"].items():
         if model.get_submodule(name).num_features != count:
             _cut_channelwise(name, model.get_submodule(name), torch.arange(count))

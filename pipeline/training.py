@@ -104,6 +104,8 @@ def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tu
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
     run.optimizer.step()
+    for hook in hooks:
+        hook.after_step(run)
     return loss.detach(), logits.detach()
 
 
@@ -140,12 +142,14 @@ def _set_learning_rate(run: Run, step: int) -> None:
 def _optimizer(run: Run, hooks: Sequence[Hook]) -> torch.optim.Optimizer:
     """A fresh optimiser: one group for each rule that hooks give parameters, in the order of the model."""
     rules: dict[nn.Parameter, ParameterRule] = {}
+    usual = ParameterRule(run.fit.weight_decay)
     for hook in hooks:
-        rules |= hook.parameter_rules(run)
+        for parameter, rule in hook.parameter_rules(run).items():
+            rules[parameter] = rules.get(parameter, usual).then(rule)
     groups: dict[ParameterRule, list[nn.Parameter]] = {}
     for parameter in run.model.parameters():
         if parameter.requires_grad:
-            groups.setdefault(rules.get(parameter, ParameterRule(run.fit.weight_decay)), []).append(parameter)
+            groups.setdefault(rules.get(parameter, usual), []).append(parameter)
     fit = run.fit
     grouped = [{"params": members, **rule._asdict()} for rule, members in groups.items()]
     if fit.optimizer == "adam":

@@ -29,8 +29,13 @@ def run(main: Callable[..., None]) -> None:
     call = " ".join([stage, *words])
     if "seed" in names and not SEED.fullmatch(seed := words[names.index("seed")]):
         _refuse(f"{call}: the seed {seed!r} is no whole number from 0 up")
+    guard(call, lambda: main(*words))
+
+
+def guard(call: str, act: Callable[[], None]) -> None:
+    """Do it; a mistake of the user's is one message, which begins with `call`, and exit code 2."""
     try:
-        main(*words)
+        act()
     except InputError as error:
         _refuse(f"{call}: {error}")
     except OSError as error:

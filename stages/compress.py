@@ -21,7 +21,7 @@ def main(revive: str, compress: str, seed: str) -> None:
     hooks = [Distillation(options.distill)] if options.distill else []
     hooks += [methods.load("compress", options.method).create(options)]
     out = folder("compress", revive, compress, seed)
-    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, parent=parent, out=out)
+    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=sorted(parent.iterdir()), out=out)
 
 
 if __name__ == "__main__":

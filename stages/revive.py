@@ -18,7 +18,7 @@ def main(revive: str, seed: str) -> None:
     record = Record("revive", f"{revive}-{seed}", parameters, revive=revive, seed=int(seed))
     hooks = [methods.load("revive", options.method).create(options)]
     out = folder("revive", revive, seed)
-    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, parent=parent, out=out)
+    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=sorted(parent.iterdir()), out=out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pipeline.config import Data
 def options(name: str, root: Path | str, **changes: Any) -> Data:
     """A section `data` with usual values."""
     usual = {"download": False, "image_size": None, "storage": "auto", "validation": 0.2, "test": 0.25, "split_seed": 7}
-    return Data.model_validate(usual | {"name": name, "root": str(root), "mean": "auto", "std": "auto"} | changes)
+    return Data.model_validate(
+        usual | {"per_class": None, "name": name, "root": str(root), "mean": "auto", "std": "auto"} | changes
+    )
 
 
 def random_npz(path: Path, **changes: Any) -> Path:

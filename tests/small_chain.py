@@ -35,7 +35,7 @@ def parameters() -> dict[str, Any]:
     expansion = {"method": "kflo", "depth": 2, "width": 1.5, "l2_factor": 1.0, "mixer_decay": 1e-9}
     return {
         "seed": [0],
-        "data": data | {"test": 0.4, "split_seed": 0, "mean": "auto", "std": "auto"},
+        "data": data | {"test": 0.4, "per_class": None, "split_seed": 0, "mean": "auto", "std": "auto"},
         "augment": {"pad": 1, "pad_mode": "zero", "flip": False},
         "runtime": {"device": "cpu", "threads": 1, "workers": 0},
         "model": {"name": "cifar_quick"},

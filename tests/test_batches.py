@@ -21,7 +21,9 @@ CROP = Augment(pad=2, pad_mode="zero", flip=True)
 
 def options(root: Path, **changes: Any) -> Data:
     usual = {"download": False, "image_size": None, "storage": "auto", "validation": 0.2, "test": 0.25, "split_seed": 7}
-    return Data.model_validate(usual | {"name": "folder", "root": str(root), "mean": "auto", "std": "auto"} | changes)
+    return Data.model_validate(
+        usual | {"per_class": None, "name": "folder", "root": str(root), "mean": "auto", "std": "auto"} | changes
+    )
 
 
 @pytest.fixture(scope="module")

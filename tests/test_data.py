@@ -1,5 +1,6 @@
 """Raw data of every kind is read, divided, measured and written as claimed."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.data import prepare as preparing
 from pipeline.data.batches import load
-from pipeline.data.prepare import hold_out, prepare
+from pipeline.data.prepare import draw, hold_out, prepare
 from pipeline.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -43,6 +44,55 @@ def test_a_held_out_split_is_stratified_disjoint_complete_and_repeatable() -> No
     assert np.array_equal(kept, again[0]) and np.array_equal(held, again[1])
     for seed, purpose in ((6, "validation"), (5, "test")):
         assert not np.array_equal(held, hold_out(labels, names, 0.1, seed, purpose)[1])
+
+
+def test_so_many_images_of_each_class_are_drawn_every_one_as_likely() -> None:
+    labels = np.random.default_rng(3).permutation(np.repeat(np.arange(3), (5, 8, 6)))
+    times = np.zeros(len(labels))
+    for seed in range(600):
+        drawn = draw(labels, ("a", "b", "c"), 3, seed)
+        assert np.bincount(labels[drawn]).tolist() == [3, 3, 3] and (np.diff(drawn) > 0).all()
+        assert np.array_equal(drawn, draw(labels, ("a", "b", "c"), 3, seed))
+        times[drawn] += 1
+    share = 3 / np.array((5, 8, 6))[labels]
+    assert (np.abs(times / 600 - share) < 4 * np.sqrt(share * (1 - share) / 600)).all()
+    assert set(np.flatnonzero(labels == 0)) < set(draw(labels, ("a", "b", "c"), 5, 0))
+    with pytest.raises(InputError, match=r"data\.per_class = 6: class a has only 5 training images"):
+        draw(labels, ("a", "b", "c"), 6, 0)
+
+
+def test_per_class_thins_the_training_split_alone_before_it_is_measured(tmp_path: Path) -> None:
+    npz = random_npz(tmp_path / "c.npz")  # of each class 5 to train on, once 1 is held out
+    whole = prepare(options("cifar10", npz), tmp_path / "whole")
+    card = prepare(options("cifar10", npz, per_class=2), tmp_path / "out")
+    assert card["counts"] == {"train": 20, "validation": 10, "test": 20} and card["fingerprint"] != whole["fingerprint"]
+    for split in ("validation", "test"):
+        for before, after in zip(pixels_of(tmp_path / "whole", split), pixels_of(tmp_path / "out", split), strict=True):
+            assert np.array_equal(before, after)
+    images, labels = pixels_of(tmp_path / "out", "train")
+    assert np.bincount(labels).tolist() == [2] * 10
+    there = {(image.tobytes(), label) for image, label in zip(*pixels_of(tmp_path / "whole", "train"), strict=True)}
+    assert len({(image.tobytes(), label) for image, label in zip(images, labels, strict=True)} & there) == 20
+    np.testing.assert_allclose(card["mean"], (images / 255).mean((0, 1, 2)), rtol=1e-12)
+    assert prepare(options("cifar10", npz, per_class=5), tmp_path / "out") == whole
+
+
+def test_per_class_of_image_files_is_drawn_with_split_seed(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        image_folder(tmp_path / "raw" / split)
+    drawn = []
+    for seed, storage in ((7, "stream"), (7, "memory"), (8, "stream")):
+        changes: dict[str, Any] = {"per_class": 3, "storage": storage, "split_seed": seed, "image_size": 8}
+        card = prepare(options("folder", tmp_path / "raw", **changes), tmp_path / "out")
+        assert card["counts"] == {"train": 6, "validation": 12, "test": 12}
+        drawn.append((card["fingerprint"], card["mean"], np.load(tmp_path / "out/train_labels.npy").tolist()))
+        if storage == "stream":
+            paths = json.loads((tmp_path / "out/train_files.json").read_text())["paths"]
+            assert len(set(paths)) == 6 and [path.split("/")[1] for path in paths] == ["ant"] * 3 + ["bee"] * 3
+            pixels = [Image.open(tmp_path / "raw" / path).resize((8, 8), Image.Resampling.BILINEAR) for path in paths]
+            np.testing.assert_allclose(card["mean"], (np.stack(pixels) / 255).mean((0, 1, 2)), rtol=1e-12)
+    (first, mean, labels), (_, same, _), (other, *_) = drawn
+    assert mean == same and labels == [0, 0, 0, 1, 1, 1] and first != other
 
 
 def test_digits_keep_every_image_once_in_three_stratified_splits(digits: Path) -> None:

@@ -137,6 +137,14 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         r"bee/9\.png is 3x4 pixels.*image_size",
     ),
     "folder stream sizeless": (_flat(_nothing, storage="stream"), r"data\.image_size"),
+    "npz too few of a class": (
+        lambda r: ("cifar10", random_npz(r / "c.npz", train_labels=np.maximum(np.arange(60) % 11, 1) - 1), {"per_class": 5}),
+        r"data\.per_class = 5: class deer has only 4 training images that are not held out",
+    ),
+    "folder too few of a class": (
+        _folder(lambda raw: (raw / "train/bee/0.png").unlink(), per_class=6, storage="stream", image_size=8),
+        r"data\.per_class = 6: class bee has only 5 training images",
+    ),
     "folder share": (_flat(_nothing, validation=0.95), r"data\.validation = 0\.95 leaves class ant"),
     "splits differ": (_folder(lambda raw: shutil.rmtree(raw / "test/bee")), r"test has 1 class folders"),
     "splits renamed": (

@@ -22,7 +22,7 @@ def ready(make_run: Any, **changes: Any) -> tuple[Run, Restart]:
     run.history = [{"round": 1, "validation_accuracy": evaluate(run.model, run.validation).accuracy}]
     first_two = [batch for batch, _ in zip(run.train.epoch(5), range(2), strict=False)]
     scores = taylor_scores(run.model, restart.watched, first_two, criterion="per_example")
-    restart.load_state({"useless": least_useful(scores, 3)})
+    restart.load_state({"useless": least_useful(scores, 3)}, {})
     return run, restart
 
 
@@ -33,7 +33,7 @@ def test_restarts_end_when_they_repeat_themselves_lose_too_much_or_reach_the_tar
 ) -> None:
     run, restart = ready(make_run, final_epochs=final_epochs, max_drop=0.02, target=0.9 if why == "target" else None)
     if why != "same filters":
-        restart.load_state({"useless": {"conv1": [0]}})
+        restart.load_state({"useless": {"conv1": [0]}}, {})
     run.history[0]["validation_accuracy"] += {"below": -0.0201, "target": 0.9, "": -0.0199}.get(why, 0)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     goes_on = restart.begin_round(run)

@@ -55,13 +55,10 @@ def prepare(options: Data, out: Path) -> dict[str, Any]:
 def hold_out(labels: np.ndarray, classes: tuple[str, ...], share: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices (kept, held out), both ascending: of each class round(share * its images), at least 1, are held out.
 
-    Images are ranked by a SHA-256 of (seed, purpose, index): no library's random numbers, so no version changes them.
     Raises `InputError` where a class would have no image left.
     """
-    ranks = np.array([hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest() for index in range(len(labels))])
-    order = np.lexsort((ranks, labels))
     held = []
-    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+    for members in _shuffled(labels, seed, purpose):
         count = max(1, round(share * len(members)))
         if count >= len(members):
             raise InputError(
@@ -73,8 +70,34 @@ def hold_out(labels: np.ndarray, classes: tuple[str, ...], share: float, seed: i
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
+def draw(labels: np.ndarray, classes: tuple[str, ...], count: int, seed: int) -> np.ndarray:
+    """Indices, ascending, of `count` images of each class, every choice of them equally likely.
+
+    Raises `InputError` where a class has fewer.
+    """
+    drawn = []
+    for members in _shuffled(labels, seed, "per_class"):
+        if len(members) < count:
+            raise InputError(
+                f"data.per_class = {count}: class {classes[labels[members[0]]]} has only {len(members)} training images "
+                "that are not held out: lower it or add images"
+            )
+        drawn.append(members[:count])
+    return np.sort(np.concatenate(drawn))
+
+
+def _shuffled(labels: np.ndarray, seed: int, purpose: str) -> list[np.ndarray]:
+    """The indices of each class in an order that `seed` and `purpose` decide.
+
+    Images are ranked by a SHA-256 of (seed, purpose, index): no library's random numbers, so no version changes them.
+    """
+    ranks = np.array([hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest() for index in range(len(labels))])
+    order = np.lexsort((ranks, labels))
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
 def _divided(source: Source, options: Data) -> Source:
-    """The source with all three splits: what it lacks is held out of its training images."""
+    """The source with all three splits: what it lacks is held out of its training images, of which `per_class` are kept."""
     splits = dict(source.splits)
     if missing := set(range(len(source.classes))) - set(splits["train"].labels.tolist()):
         names = ", ".join(source.classes[index] for index in sorted(missing))
@@ -85,6 +108,10 @@ def _divided(source: Source, options: Data) -> Source:
             kept, held = hold_out(whole.labels, source.classes, share, options.split_seed, purpose)
             splits["train"] = Split(whole.images[kept], whole.labels[kept])
             splits[purpose] = Split(whole.images[held], whole.labels[held])
+    if options.per_class is not None:
+        whole = splits["train"]
+        kept = draw(whole.labels, source.classes, options.per_class, options.split_seed)
+        splits["train"] = Split(whole.images[kept], whole.labels[kept])
     ordered = {name: splits[name] for name in ("train", "validation", "test")}
     return Source(source.classes, ordered, source.licence, source.root, source.notes)
 

@@ -5,79 +5,74 @@ The paper's "KFLO BxR" is depth B, width R.
 
 A layer with O filters trains h = round(width * O) filters W1 and depth - 1 mixing matrices, and convolves with
 
-    W' = W_depth ... W_2 W1        W1: (h, I/groups, kh, kw) as a matrix (h, I/groups * kh * kw), W_i: (h_{i+1}, h_i)
+    W' = W_depth ... W_2 W1        W1: (h, I/groups, *kernel) as a matrix with h rows, W_i: (h_{i+1}, h_i)
 
 A bias lives at width h and is mixed by the same product. The first O filters of W1 start as those the layer had, the others as
 a default layer's, the mixers as identities: at the start W' is exactly the old kernel. In a grouped convolution the mixing runs
 across groups in kernel space, as in the authors' code; no feature-space cascade computes that.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from pipeline import hooks
 from pipeline.config import Section
 from pipeline.errors import InputError
-from pipeline.layers import FilteringLayer, filtering_layers
+from pipeline.expansion import Chosen, Computed, Expandable, Kernel, attach, choose, default_bound, filters_of
 
 
 class Options(Section):
     """Options under `train.overparameterize`."""
 
     method: Literal["kflo"]
+    layers: list[str] = Field(min_length=1)  # patterns of names; ["*"]: every convolution and linear layer
     depth: int = Field(ge=2)  # B: matrices in the product, W1 included
-    width: float = Field(ge=1)  # rho: filters of W1 for each filter of the layer
+    width: float = Field(gt=0)  # rho: filters of W1 for each filter of the layer
+    narrow: bool  # allow a width below 1, where some outputs start at zero
     l2_factor: float = Field(ge=0)  # of weight_decay * |W'|^2 in the loss: 1.0 as the authors ran it, 0.5 equals SGD's decay
     mixer_decay: float = Field(ge=0)  # weight decay of the mixers; 1e-9 as published
 
 
-class Mixing(nn.Module):
-    """A parametrisation that mixes its original (h, ...) along the first axis into (O, ...). The rows that it adds to the
-    layer's own start as draws from U(-bound, bound)."""
+class Mixing(Computed):
+    """Mixes an original (h, ...) along its first axis into (O, ...)."""
 
-    def __init__(self, bound: float) -> None:
-        super().__init__()
-        self.bound = bound
-        self.owner: tuple[parametrize.ParametrizationList, ...] = ()  # a tuple, so that it is no submodule
+    bound: float  # rows beyond the layer's own start as draws from U(-bound, bound)
 
     def matrix(self) -> Tensor:
         """The mixing matrix: (O, h)."""
         raise AssertionError("a subclass says what mixes")
 
-    def forward(self, original: Tensor) -> Tensor:
-        """(h, ...) -> (O, ...), in fp32 also under autocast."""
-        device = original.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # not on "meta"
-            return (self.matrix() @ original.reshape(len(original), -1)).reshape(-1, *original.shape[1:])
+    def compose(self, original: Tensor) -> Tensor:
+        return (self.matrix() @ original.flatten(1 if original.ndim > 1 else 0)).reshape(-1, *original.shape[1:])
 
-    def solve(self, original: Tensor, target: Tensor) -> Tensor:
-        """The tensor nearest to `original` that mixes into `target`: exact where the matrix has full row rank, the least
-        squares solution otherwise."""
-        change = (target - self(original)).reshape(len(target), -1)
+    def invert(self, original: Tensor, target: Tensor) -> Tensor:
+        """Exact where the matrix has full row rank."""
+        change = (target - self.compose(original)).reshape(len(target), -1)
         step = torch.linalg.pinv(self.matrix().double()) @ change.double()
         return original + step.reshape(original.shape).to(original.dtype)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """What `layer.weight = weight` stores."""
-        if self.owner:
-            return self.solve(self.owner[0].original, weight)
-        more = torch.empty(self.matrix().shape[1] - len(weight), *weight.shape[1:]).uniform_(-self.bound, self.bound)
-        return torch.cat([weight.detach(), more.to(weight)])
+    def start(self, tensor: Tensor) -> Tensor:
+        hidden = self.matrix().shape[1]
+        more = tensor.new_empty(max(hidden - len(tensor), 0), *tensor.shape[1:]).uniform_(-self.bound, self.bound)
+        return torch.cat([tensor.detach()[:hidden], more])
 
 
-class KernelMixing(Mixing):
+class KernelMixing(Mixing, Kernel):
     """Mixes the kernels of a layer. `mixers` are W_2 ... W_depth, in the order in which they act."""
 
-    def __init__(self, outputs: int, hidden: int, depth: int, bound: float) -> None:
-        super().__init__(bound)
-        widths = [hidden] * (depth - 1) + [outputs]
-        self.mixers = nn.ParameterList(nn.Parameter(torch.eye(o, i)) for i, o in zip(widths, widths[1:], strict=False))
+    def __init__(self, layer: Expandable, depth: int, width: float) -> None:
+        super().__init__(layer)
+        self.bound = default_bound(layer)
+        outputs, _, _ = filters_of(layer)
+        widths = [round(width * outputs)] * (depth - 1) + [outputs]
+        eyes = [torch.eye(o, i).to(layer.weight) for i, o in zip(widths, widths[1:], strict=False)]
+        self.mixers = nn.ParameterList(map(nn.Parameter, eyes))
 
     def matrix(self) -> Tensor:
         product = self.mixers[0]
@@ -86,19 +81,18 @@ class KernelMixing(Mixing):
         return product
 
     def keep(self, outputs: Tensor, inputs: Tensor) -> None:
-        """Keep only some outputs and inputs of the layer. W1 keeps all its filters: the kernel is exactly the slice."""
+        """W1 keeps all its filters: the kernel is exactly the slice."""
         last = len(self.mixers) - 1
         self.mixers[last] = nn.Parameter(self.mixers[last].detach()[outputs].clone())
-        filters = self.owner[0]
-        filters.original = nn.Parameter(filters.original.detach()[:, inputs].clone())
+        self.replace(self.original[:, inputs])
 
 
 class BiasMixing(Mixing):
     """Mixes the bias of a layer as its kernels are mixed."""
 
     def __init__(self, kernels: KernelMixing) -> None:
-        super().__init__(kernels.bound)
-        self.kernels = (kernels,)
+        super().__init__()
+        self.bound, self.kernels = kernels.bound, (kernels,)
 
     def matrix(self) -> Tensor:
         return self.kernels[0].matrix()
@@ -107,43 +101,109 @@ class BiasMixing(Mixing):
         """The kernels' mixers were sliced already; a bias has nothing of its own to drop."""
 
 
-def expand_layer(layer: FilteringLayer, *, depth: int, width: float) -> None:
+def expand_layer(layer: Expandable, *, depth: int, width: float) -> None:
     """Over-parameterise one layer in place."""
-    outputs, fan_in = len(layer.weight), layer.weight[0].numel()
-    # torch's default initialisation of kernels and biases: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    kernels = KernelMixing(outputs, round(width * outputs), depth, bound=fan_in**-0.5).to(layer.weight.device)
-    tensors: Sequence[tuple[str, Mixing]] = [("weight", kernels)]
-    if layer.bias is not None:
-        tensors = [*tensors, ("bias", BiasMixing(kernels))]
-    for name, mixing in tensors:
-        parametrize.register_parametrization(layer, name, mixing)
-        mixing.owner = (layer.parametrizations[name],)  # type: ignore[index]
+    kernels = KernelMixing(layer, depth, width)
+    attach(layer, weight=kernels, **({} if layer.bias is None else {"bias": BiasMixing(kernels)}))
 
 
-def expand(model: nn.Module, *, depth: int = 2, width: float = 4, l2_factor: float = 1.0, mixer_decay: float = 1e-9) -> None:
-    """Over-parameterise every convolution and linear layer of `model`, in place (`l2_factor` and `mixer_decay` only matter
-    to the `Hook`). `InputError` where a layer is expanded already or a width below 1 would leave outputs at zero."""
-    if depth < 2 or width < 1:
-        raise InputError(f"kflo: depth {depth} and width {width}: depth must be at least 2 and width at least 1")
-    layers = dict(filtering_layers(model))
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer):
-            raise InputError(f"kflo: layer {name} is over-parameterised already; collapse it first")
-    for layer in layers.values():
+def expand(
+    model: nn.Module,
+    *,
+    layers: Chosen = ("*",),
+    depth: int = 2,
+    width: float = 4,
+    narrow: bool = False,
+    l2_factor: float = 1.0,
+    mixer_decay: float = 1e-9,
+) -> None:
+    """Over-parameterise convolutions of any dimension, transposed ones too, and linear layers of `model`, in place
+    (`l2_factor` and `mixer_decay` only matter to the `Hook`). `InputError` where a layer is expanded already, and for a width
+    below 1 that was not asked for by `narrow`: the outputs beyond the width would start at zero."""
+    if depth < 2 or width <= 0 or (width < 1 and not narrow):
+        raise InputError(f"kflo: depth {depth} and width {width}: depth must be at least 2 and width at least 1 (or set narrow)")
+    for layer in choose(model, "kflo", layers, lambda layer: round(width * filters_of(layer)[0]) > 0).values():
         expand_layer(layer, depth=depth, width=width)
+
+
+def stack(model: nn.Module, networks: Sequence[nn.Module]) -> list[str]:
+    """Transfer learning by stacking: give the expanded `model` the filters of several trained plain networks.
+
+    Of every expanded layer, the k-th O rows of W1 become the filters (and biases) of the k-th network; everything that is not
+    expanded comes from the first. With mixers at their start the model then computes what the first network computes. A tensor
+    whose shape differs (the classifier of other classes) keeps its fresh values: their names are returned. `InputError` where
+    there are more networks than the width holds.
+    """
+    states = [network.state_dict() for network in networks]
+    expanded = dict(_expanded(model))
+    left = []
+    with torch.no_grad():
+        for layer, module in expanded.items():
+            for name in module.parametrizations:
+                left += _fill(f"{layer}.{name}", module.parametrizations[name][0], states)
+        for name, tensor in model.state_dict().items():
+            if name.rpartition(".parametrizations.")[0] in expanded:
+                continue
+            if name in states[0] and states[0][name].shape == tensor.shape:
+                tensor.copy_(states[0][name])
+            else:
+                left.append(name)
+    return left
+
+
+def _fill(name: str, mixing: Any, states: Sequence[dict[str, Tensor]]) -> list[str]:
+    """Put the networks' filters into the rows of one W1; [name] where they do not have its shape."""
+    blocks = [state[name] for state in states if name in state]
+    if isinstance(mixing, Kernel):
+        blocks = [mixing.turn(block) for block in blocks]
+    outputs, hidden = mixing.matrix().shape
+    if any(block.shape != (outputs, *mixing.original.shape[1:]) for block in blocks) or not blocks:
+        return [name]
+    if len(blocks) * outputs > hidden:
+        raise InputError(f"kflo: {len(blocks)} networks do not fit into {name}, whose width is {hidden / outputs:g}")
+    mixing.original[: len(blocks) * outputs] = torch.cat(blocks)
+    return []
+
+
+class SumOfSquares(torch.autograd.Function):
+    """sum |K|^2 over all kernels; one pass over them each way."""
+
+    @staticmethod
+    def forward(ctx: Any, *kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(*kernels)
+        return torch.stack([kernel.flatten().dot(kernel.flatten()) for kernel in kernels]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch._foreach_mul(ctx.saved_tensors, 2 * gradient))
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """sum |W'|^2 over the layers that KFLO expanded; None where there is none. Inside `parametrize.cached()` no kernel is
+    composed again that the forward pass has composed."""
+    kernels = [layer.weight for _, layer in _expanded(model)]
+    return SumOfSquares.apply(*kernels) if kernels else None
+
+
+def _expanded(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    modules: Iterator[tuple[str, Any]] = model.named_modules()
+    for name, module in modules:
+        if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], KernelMixing):
+            yield name, module
 
 
 class Hook(hooks.Hook):
     """Regularisation as in the authors' code: W1 has no weight decay, the mixers `mixer_decay`, and the composed kernels pay
     l2_factor * weight_decay * sum |W'|^2 in the loss."""
 
-    def __init__(self, *, depth: int = 2, width: float = 4, l2_factor: float = 1.0, mixer_decay: float = 1e-9) -> None:
+    def __init__(self, *, l2_factor: float = 1.0, mixer_decay: float = 1e-9, **_: Any) -> None:
         self.l2_factor, self.mixer_decay = l2_factor, mixer_decay
 
     def parameter_rules(self, run: hooks.Run) -> dict[nn.Parameter, hooks.ParameterRule]:
         rules = {}
-        for _, layer in filtering_layers(run.model):
-            for parametrization in getattr(layer, "parametrizations", {}).values():
+        for _, layer in _expanded(run.model):
+            for parametrization in layer.parametrizations.values():
                 rules[parametrization.original] = hooks.ParameterRule(weight_decay=0.0)
                 for mixer in parametrization.parameters():
                     rules.setdefault(mixer, hooks.ParameterRule(weight_decay=self.mixer_decay))
@@ -151,7 +211,5 @@ class Hook(hooks.Hook):
 
     def penalty(self, run: hooks.Run, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor | None:
         strength = self.l2_factor * run.fit.weight_decay
-        kernels = [layer.weight for _, layer in filtering_layers(run.model) if parametrize.is_parametrized(layer)]
-        if not strength or not kernels:
-            return None
-        return strength * torch.stack([kernel.square().sum() for kernel in kernels]).sum()
+        squares = penalty(run.model) if strength else None
+        return None if squares is None else strength * squares

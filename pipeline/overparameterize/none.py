@@ -5,9 +5,7 @@ from typing import Literal
 from torch import nn
 
 from pipeline.config import Section
-from pipeline.hooks import Hook
-
-__all__ = ["Hook", "Options", "expand"]
+from pipeline.expansion import Chosen
 
 
 class Options(Section):
@@ -16,5 +14,5 @@ class Options(Section):
     method: Literal["none"]
 
 
-def expand(model: nn.Module) -> None:
+def expand(model: nn.Module, *, layers: Chosen = ("*",)) -> None:
     """Leave `model` as it is."""

@@ -236,7 +236,7 @@ class Restart(hooks.Hook):
     def state(self) -> dict[str, Any]:
         return {"useless": self.useless}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.useless = state["useless"]
 
     def _reason_to_stop(self, run: hooks.Run) -> str:
