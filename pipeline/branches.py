@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.channels import norms_after
 from pipeline.errors import InputError
 from pipeline.expansion import Computed, Kernel, attach
+from pipeline.tracing import norms_after
 
 Norms = Literal["replace", "add"]
 
@@ -156,10 +156,11 @@ def _forward(self: Any, x: Tensor) -> Tensor:
 
 def _start_norms(kernels: Branches, layer: nn.Conv2d, replaced: Any, gamma: float | None) -> None:
     with torch.no_grad():
-        for norm in kernels.norms:
+        norms: list[Any] = list(kernels.norms)
+        for norm in norms:
             norm.weight.fill_(0 if gamma is None else gamma)
         if replaced is not None:
-            for norm in kernels.norms:
+            for norm in norms:
                 norm.eps, norm.momentum = replaced.eps, replaced.momentum
         if gamma is not None:
             return
@@ -213,7 +214,10 @@ def cut_norm(norm: Any, kept: Tensor) -> None:
 
 def aligned(layer: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
     """`layer`'s convolution with a kernel of which one or both sides have length 1, placed at the middle of the layer's own."""
-    reach = [d * (size // 2) if side == 1 else 0 for d, size, side in zip(layer.dilation, layer.kernel_size, kernel.shape[2:], strict=True)]
+    reach = [
+        d * (size // 2) if side == 1 else 0
+        for d, size, side in zip(layer.dilation, layer.kernel_size, kernel.shape[2:], strict=True)
+    ]
     pads = layer._reversed_padding_repeated_twice  # left, right, top, bottom; for padding "same" and "valid" too
     around = [pads[2] - reach[0], pads[0] - reach[1]]
     dilation = [d if side > 1 else 1 for d, side in zip(layer.dilation, kernel.shape[2:], strict=True)]

@@ -8,8 +8,7 @@ lists; flattening repeats each id once a pixel. What it does not understand pins
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from pipeline.errors import InputError
 from pipeline.layers import ChannelPad, ChannelSelect
+from pipeline.tracing import Tracer, norms_in, tracing
 
 CHANNELWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Identity,
@@ -81,59 +80,14 @@ class Channels:
         return bool({self.find(c) for c in made} & {self.find(c) for c in self.summed})
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = (nn.Conv2d, nn.Linear, ChannelPad, ChannelSelect)
-        return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
-
-
 def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
     """The channels of `model` for one image of shape (C, H, W). `InputError` where torch.fx cannot trace the network."""
-    with _tracing(model):
-        traced = fx.GraphModule(model, _Tracer().trace(model))
+    with tracing(model):
+        traced = fx.GraphModule(model, Tracer().trace(model))
         example = next(model.parameters()).new_zeros(1, *input_shape)
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
     return _Follower(traced).channels
-
-
-def norms_after(model: nn.Module) -> dict[str, str]:
-    """The batch norm that alone reads a convolution, by their qualified names; layers called more than once are left out.
-    `InputError` where torch.fx cannot trace the network."""
-    with _tracing(model):
-        return _norms(_Tracer().trace(model), dict(model.named_modules()))
-
-
-def _norms(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, str]:
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    often = {name for name, count in Counter(str(node.target) for node in calls).items() if count > 1}
-    found = {}
-    for node in calls:
-        (source, *_) = [*node.all_input_nodes, None]
-        if source is None or source.op != "call_module" or len(source.users) > 1 or often & {str(node.target), str(source.target)}:
-            continue
-        norm, layer = modules[str(node.target)], modules[str(source.target)]
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and isinstance(layer, nn.Conv2d):
-            found[str(source.target)] = str(node.target)
-    return found
-
-
-@contextmanager
-def _tracing(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; what goes wrong as an `InputError`."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    except Exception as error:  # whatever a foreign forward raises
-        cause = error.__cause__ or error
-        raise InputError(
-            f"the channels of {type(model).__name__} cannot be followed: torch.fx says {type(cause).__name__}: {cause}; "
-            "a forward pass may not branch on the values of tensors"
-        ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Follower:
@@ -142,7 +96,7 @@ class _Follower:
     def __init__(self, traced: fx.GraphModule) -> None:
         self.channels = Channels()
         self.modules = dict(traced.named_modules())
-        self.channels.norm_after = _norms(traced.graph, self.modules)
+        self.channels.norm_after = norms_in(traced.graph, self.modules)
         uses = Counter(str(n.target) for n in traced.graph.nodes if n.op == "call_module")
         uses.update(str(n.target).rpartition(".")[0] for n in traced.graph.nodes if n.op == "get_attr")
         # What serves more than once and has widths of its own must stay as it is.

@@ -239,7 +239,7 @@ def _place(mistake: Any, value: Any) -> tuple[Any, ...]:
     """The keys and indices that lead to a mistake, without the names of the forms that were tried on the way."""
     place = []
     for depth, part in enumerate(mistake["loc"]):
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
             value = value[part]
         elif mistake["type"] != "missing" or depth + 1 < len(mistake["loc"]):
             continue

@@ -25,7 +25,7 @@ def pick_device(wanted: str, threads: int) -> torch.device:
     """The device for "auto", "cpu" or "cuda", with deterministic kernels and `threads` CPU threads."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # would write NaN into every new tensor, to find mistakes
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # NaN into every new tensor
     _keep_freed_memory()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("params.yaml: runtime.device = 'cuda', but torch finds no CUDA device here; use auto or cpu")

@@ -46,7 +46,9 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
 def start_folders(folder: Path) -> list[Path]:
     """The model folders among the sub-folders of `folder` (or their `model`), by name."""
     if not folder.is_dir():
-        raise InputError(f"params.yaml: train.start = {str(folder)!r}: must be a folder; its sub-folders hold networks to start from")
+        raise InputError(
+            f"params.yaml: train.start = {str(folder)!r}: must be a folder; its sub-folders hold networks to start from"
+        )
     return [path for child in sorted(folder.iterdir()) for path in (child, child / "model") if (path / "model.json").is_file()]
 
 
@@ -58,7 +60,9 @@ def begin(model: nn.Module, networks: list[nn.Module], expansion: dict[str, Any]
     if len(networks) > 1:
         stack = getattr(methods.load("overparameterize", method), "stack", None)
         if stack is None:
-            raise InputError(f"params.yaml: train.start has {len(networks)} networks, but {method} starts from one; kflo stacks several")
+            raise InputError(
+                f"params.yaml: train.start has {len(networks)} networks, but {method} starts from one; kflo stacks several"
+            )
         left = stack(model, networks)
     return [f"not taken over from the networks of train.start: {', '.join(left)}"] if left else []
 

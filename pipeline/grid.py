@@ -48,6 +48,7 @@ def check() -> dict[str, Any]:
     attempt(lambda: methods.options("models", "model", lookup(params, "model"), by="name"))
     if parsed["train"]:
         attempt(lambda: methods.options("overparameterize", "train.overparameterize", parsed["train"].overparameterize))
+        attempt(lambda: _check_start(Path(parsed["train"].start)))
     blocks = {family: attempt(lambda family=family: _blocks(params, family)) for family in ("revive", "compress")}
     for family, found in blocks.items():
         for name, value in (found or {}).items():
@@ -66,6 +67,14 @@ def _check_root(data: Data) -> None:
         raise InputError(f"params.yaml: data.root = {data.root!r} does not exist: {data.name} is read from there")
     if not root.exists():
         root.mkdir(parents=True)
+
+
+def _check_start(start: Path) -> None:
+    """DVC watches the networks to start from."""
+    if not start.is_dir():
+        raise InputError(
+            f"params.yaml: train.start = {str(start)!r}: must be a folder; its sub-folders hold networks to start from"
+        )
 
 
 def seeds(params: dict[str, Any]) -> list[int]:

@@ -1,6 +1,6 @@
 """The state of an unfinished training, kept after every epoch so that a killed run continues exactly.
 
-One safetensors file: tensors of the model, the optimiser, the hooks and the best model so far, and as its metadata the rest in JSON.
+One safetensors file: tensors of the model, the optimiser, the hooks and the best model so far; as metadata the rest in JSON.
 Its name carries a fingerprint of everything that decides the result, so a changed parameter, input or source never resumes.
 Random numbers need no state: every epoch draws its own from the seed.
 """

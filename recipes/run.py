@@ -2,157 +2,180 @@
 
     python -m recipes.run kflo_cifar10 'cifar_quick/*' --seeds 0 1 2 [--epochs 30] [--data data/cifar10.npz]
 
-A table is one file recipes/NAME.yaml: settings by network, methods, and what the paper reports for each pair. A row is
-NETWORK/METHOD. Trainings that are there already are not repeated, and one that was interrupted goes on where it was; everything
-lies under outputs/recipes/. `--params` prints a row as params.yaml instead, so that the whole chain can be built from it.
+A row is NETWORK/METHOD of recipes/TABLE.yaml (tables.py says how it is made). Trainings that are there already are not repeated,
+one that was interrupted goes on after its last whole epoch, and one that was made with other parameters or data is refused, not
+reused. Several runners may work at once; one that needs what another is making waits. Everything lies under outputs/recipes/:
+
+    data/KEY/                                           prepared data
+    TABLE/NETWORK/METHOD/full or N-epochs/SEED/         model/, record.json, and start*/ with the networks it started from
+    TABLE/table.md                                      every row of the table that has been run so far
+
+`--params` prints a row as params.yaml instead, so that the whole chain can be built from it.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-import statistics
-from fnmatch import fnmatchcase
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline import files
-from pipeline.config import Data, Train, lookup, parse, read_params
+from pipeline.config import Data, parse, read_params
 from pipeline.data.prepare import prepare
 from pipeline.errors import InputError
 from pipeline.first_training import first_training
-from stages import RESUME, guard
-
-RECIPES, OUT = Path("recipes"), Path("outputs/recipes")
-SECTIONS = ("data", "augment", "runtime", "model", "train")
-
-
-def read_table(name: str) -> dict[str, Any]:
-    """The table recipes/NAME.yaml."""
-    path = RECIPES / f"{name}.yaml"
-    table = read_params(path)
-    if "expected" not in table:
-        raise InputError(f"{path} is no table of a paper: it expects nothing (copy it to params.yaml and run make)")
-    return table
+from recipes.jobs import OUT, Job, job
+from recipes.results import report, write_report
+from recipes.tables import SECTIONS, Row, Table, decisive, differences, read_table, rows_of
+from stages import SEED, guard
 
 
-def rows_of(table: dict[str, Any], patterns: list[str]) -> list[tuple[str, str]]:
-    """The rows (network, method) that fit any of the patterns NETWORK/METHOD, in the table's order."""
-    there = [(network, method) for network, methods in table["expected"].items() for method in methods]
-    found = [row for row in there if any(fnmatchcase("/".join(row), pattern) for pattern in patterns)]
-    if not found:
-        raise InputError(f"no row fits {' '.join(patterns)}; there are {', '.join('/'.join(row) for row in there)}")
-    return found
-
-
-def parameters(table: dict[str, Any], network: str, method: str) -> dict[str, Any]:
-    """The sections of params.yaml that make the row: shared ones, then the network's, the method's, and the network's own
-    settings of the method."""
-    settings = table["networks"][network]
-    merged = {key: value for key, value in table.items() if key in SECTIONS}
-    merged = merge(merged, {key: value for key, value in settings.items() if key in SECTIONS})
-    merged = merge(merged, {"train": {**table["methods"][method]}})
-    return merge(merged, {"train": settings.get("methods", {}).get(method, {})})
-
-
-def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """`first` with the values of `second`, mapping by mapping; {method: ...} of another method replaces the whole mapping."""
-    merged = dict(first)
-    for key, value in second.items():
-        old = merged.get(key)
-        mixes = isinstance(old, dict) and isinstance(value, dict) and value.get("method", old.get("method")) == old.get("method")
-        merged[key] = merge(old, value) if mixes else value
-    return merged
-
-
-def shorten(params: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """The row with another number of epochs, its steps of the learning rate moved in proportion."""
-    fit = params["train"]["fit"]
-    schedule = fit["schedule"]
-    if isinstance(schedule, dict):
-        schedule = {**schedule, "every": max(1, round(schedule["every"] * epochs / fit["epochs"]))}
-    return merge(params, {"train": {"fit": {"epochs": epochs, "schedule": schedule}}})
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other runner works in `folder`. The system ends the claim with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: waiting for another runner that works on it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def prepared(data: dict[str, Any]) -> Path:
-    """The folder of the prepared data, which is made where it is not there yet."""
-    folder = OUT / "data" / hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
-    if not (folder / "data.json").exists():
-        prepare(parse("data", data, Data), folder)
+    """The folder of the prepared data, which is made where it is not there yet, or where the raw file is another one."""
+    raw = Path(data["root"])
+    state = [raw.stat().st_size, raw.stat().st_mtime_ns] if raw.is_file() else None
+    folder = OUT / "data" / hashlib.sha256(json.dumps([data, state], sort_keys=True).encode()).hexdigest()[:12]
+    with alone(OUT / "data"):
+        if not (folder / "data.json").exists():
+            prepare(parse("data", data, Data), folder)
     return folder
 
 
-def train_row(name: str, table: dict[str, Any], row: tuple[str, str], seed: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """The record of one training of a row, which is run where there is none yet."""
-    params = parameters(table, *row)
-    if asked.data:
-        params = merge(params, {"data": {"root": asked.data}})
-    if asked.epochs:
-        params = shorten(params, asked.epochs)
-    out = OUT / name / "/".join(row) / (f"{asked.epochs}-epochs" if asked.epochs else "full") / str(seed)
-    start = params["train"].pop("start_from", None)
-    params["train"]["start"] = str(_start(out / "start", start, row[0], seed, asked))
-    parse("train", params["train"], Train)
-    if not (out / "record.json").exists():
-        print(f"{name} {'/'.join(row)} seed {seed}:", flush=True)
-        first_training(params, seed, prepared=prepared(params["data"]), resume=RESUME / name / "-".join(row), out=out)
-    return files.read_json(out / "record.json")
+def finished(job: Job) -> dict[str, Any] | None:
+    """The job's record, or None where it has none; `InputError` where it was made with something else than is asked now."""
+    path = job.out / "record.json"
+    if not path.exists():
+        return None
+    record = files.read_json(path)
+    try:
+        found = differences(decisive(record["parameters"]), decisive(job.params))
+        if start_name(job) not in (None, Path(record["parameters"]["train"]["start"]).name):
+            found.append("other networks to start from")
+    except (InputError, KeyError, TypeError):
+        found = ["parameters of another version"]
+    if record["data"] != files.read_json(prepared(job.params["data"]) / "data.json")["fingerprint"]:
+        found.append(f"other data than {job.params['data']['root']} holds")
+    if found:
+        raise InputError(f"{job.out} was trained with {'; '.join(found)}: move it away to train again")
+    return record
 
 
-def _start(folder: Path, wanted: dict[str, Any] | None, network: str, seed: int, asked: argparse.Namespace) -> Path:
-    """The folder of the networks that the training starts from: `count` of another table's row, trained first if need be.
-    Each seed puts another of them first."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    count = wanted["count"] if wanted else 0
-    for index in range(count):
-        assert wanted is not None
-        source = argparse.Namespace(epochs=asked.epochs, data=asked.start_data)
-        train_row(wanted["table"], read_table(wanted["table"]), (network, wanted["method"]), (seed + index) % count, source)
-        there = OUT / wanted["table"] / network / wanted["method"] / (f"{asked.epochs}-epochs" if asked.epochs else "full")
-        shutil.copytree(there / str((seed + index) % count) / "model", folder / str(index))
+def start_name(job: Job) -> str | None:
+    """The name of the folder with the networks that the job starts from: other weights, another name. None: not all are there."""
+    cards = [source.out / "model" / "model.json" for source in job.sources]
+    if not all((source.out / "record.json").exists() and card.exists() for source, card in zip(job.sources, cards, strict=True)):
+        return None
+    weights = "".join(files.read_json(card)["weights_sha256"] for card in cards)
+    return f"start-{hashlib.sha256(weights.encode()).hexdigest()[:12]}" if weights else "start"
+
+
+def start_folder(job: Job) -> Path:
+    """Links to the networks that the job starts from, made anew each time; empty where it starts afresh."""
+    for old in job.out.glob("start*"):
+        shutil.rmtree(old)
+    folder = job.out / (start_name(job) or "start")
+    folder.mkdir()
+    for index, source in enumerate(job.sources):
+        (folder / f"{index:03}").symlink_to(os.path.relpath(source.out / "model", folder), target_is_directory=True)
     return folder
 
 
-def report(table: dict[str, Any], results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """Ours beside the paper's, as a Markdown table."""
-    lines = ["| row | epochs | seeds | accuracy, % | paper, % | difference | s an epoch |", "|---|---:|---:|---:|---:|---:|---:|"]
-    for (network, method), records in results.items():
-        scores = [100 * record["metrics"]["test_accuracy"] for record in records]
-        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-        mean, std = table["expected"][network][method]
-        epochs = records[0]["metrics"]["epochs"]
-        seconds = statistics.median(record["seconds"] / max(record["metrics"]["epochs"], 1) for record in records)
-        ours = statistics.mean(scores)
-        lines.append(
-            f"| {network}/{method} | {epochs} | {len(scores)} | {ours:.2f}{spread} | {mean:.2f} ± {std:.2f} | {ours - mean:+.2f} | {seconds:.1f} |"
-        )
-    return "\n".join(lines)
+def train(job: Job) -> dict[str, Any]:
+    """The record of the job, which is run where it has none yet."""
+    with alone(job.out):
+        if (record := finished(job)) is not None:
+            return record
+        for source in job.sources:
+            train(source)
+        data, resume = prepared(job.params["data"]), job.out / "resume"
+        print(f"{job.table} {'/'.join(job.row)} seed {job.seed}:", flush=True)
+        params = {**job.params, "train": {**job.params["train"], "start": str(start_folder(job))}}
+        first_training(params, job.seed, prepared=data, resume=resume, out=job.out)
+        shutil.rmtree(resume, ignore_errors=True)
+        return files.read_json(job.out / "record.json")
+
+
+def as_params(name: str, table: Table, rows: list[Row], asked: argparse.Namespace) -> str:
+    """The row as a whole params.yaml: what it does not say is as in the present one."""
+    if len(rows) > 1:
+        raise InputError(f"--params prints one row; give one of {', '.join('/'.join(row) for row in rows)}")
+    made = job(name, table, rows[0], 0, asked)
+    params = read_params()
+    params |= {key: made.params[key] for key in SECTIONS} | {"seed": asked.seeds or params.get("seed")}
+    lines = [f"# {'/'.join(rows[0])} of recipes/{name}.yaml; the blocks after `train` are those of params.yaml as it was"]
+    for index, source in enumerate(made.sources):
+        lines.append(f"# To start as the row does, copy {source.out / 'model'} to data/start/{index:03}")
+    return "\n".join([*lines, yaml.safe_dump(json.loads(json.dumps(params)), sort_keys=False, width=132)])
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    def number(text: str, least: int = 0) -> int:
+        if not SEED.fullmatch(text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
+        return int(text)
+
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(prog="python -m recipes.run", description=__doc__.splitlines()[0])
+    parser.add_argument("table", metavar="TABLE", help="a file of recipes/, without .yaml")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="NETWORK/METHOD, * for any text; all where none is given")
+    parser.add_argument("--seeds", type=number, nargs="+", help="0 1 2 where none is given")
+    parser.add_argument(
+        "--epochs", type=partial(number, least=1), help="another number than published, also for networks to start from"
+    )
+    parser.add_argument("--data", help="where the raw data lies, instead of the table's data.root")
+    parser.add_argument("--start-data", help="the same for the networks that transfer learning starts from")
+    parser.add_argument("--params", action="store_true", help="print the one row as params.yaml and train nothing")
+    asked = parser.parse_intermixed_args(arguments)
+    if len(set(asked.seeds or [])) < len(asked.seeds or []):
+        raise InputError(f"--seeds {' '.join(map(str, asked.seeds))}: each must be there once")
+    for option, path in (("--data", asked.data), ("--start-data", asked.start_data)):
+        if path is not None and not Path(path).exists():
+            raise InputError(f"{option} {path} does not exist: give the folder or the .npz file of the raw data")
+    return asked
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.run", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("table", help="a file of recipes/, without .yaml")
-    parser.add_argument("rows", nargs="*", default=["*"], help="NETWORK/METHOD, * for any text; all where none is given")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="another number of epochs than published")
-    parser.add_argument("--data", help="where the raw data lies, instead of the table's data.root")
-    parser.add_argument("--start-data", help="the same for the networks that transfer learning starts from")
-    parser.add_argument("--params", action="store_true", help="print the (one) row as params.yaml and train nothing")
-    asked = parser.parse_args(arguments)
+    asked = _options(arguments)
     table = read_table(asked.table)
-    rows = rows_of(table, asked.rows)
+    rows = rows_of(table, asked.rows or ["*"])
     if asked.params:
-        row = parameters(table, *rows[0])
-        row["train"].pop("start_from", None)
-        print(yaml.safe_dump({**read_params(), **merge({"train": {"start": "data/start"}}, row)}, sort_keys=False), end="")
+        print(as_params(asked.table, table, rows, asked), end="")
         return
-    results = {row: [train_row(asked.table, table, row, seed, asked) for seed in asked.seeds] for row in rows}
-    print(f"\n{lookup(table, 'paper')}\n\n{report(table, results)}")
+    jobs = [job(asked.table, table, row, seed, asked) for row in rows for seed in asked.seeds or (0, 1, 2)]
+    for each in jobs:
+        finished(each)  # refuse now rather than after hours of the trainings before it
+    results = []
+    try:
+        for each in jobs:
+            results.append((each.row, train(each)))
+            write_report(OUT / asked.table, table)
+    except KeyboardInterrupt:
+        print("\nrecipes.run: interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    print(f"\n{table.paper}\n\n{report(table, results)}\nAll rows that have been run: {OUT / asked.table / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pipeline.config import Train, Variants, lookup, parse, read_params
 from pipeline.data.batches import load
 from pipeline.errors import InputError
 from pipeline.files import write_json
+from pipeline.layers import expanded, filtering_layers
 from pipeline.overparameterize import overparameterize
 from stages import PREPARED, folder, run
 
@@ -24,14 +25,20 @@ def main() -> None:
         model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
         overparameterize(model, expansion.pop("method"), **expansion)
     variants = parse("variants", lookup(params, "variants"), Variants)
-    notes: dict[str, list[str]] = {}
+    plain = [name for name, layer in filtering_layers(model) if not expanded(layer)]
+    notes: dict[str, list[str]] = {"train.overparameterize": [f"leaves plain: {', '.join(plain)}"] if plain else []}
+    _print("train.overparameterize", notes)
     for family, names in (("revive", variants.revive), ("compress", variants.compress)):
         for name in names:
             key = f"{family}.{name}"
             notes[key] = _ask(family, key, lookup(params, key), model, data.shape)
-            print("\n".join(f"{key}: {note}" for note in notes[key] or ["treats every layer it is meant for"]))
+            _print(key, notes)
     write_json(folder("coverage") / "coverage.json", notes)
     write_json(folder("coverage") / "passed.json", {"passed": True})
+
+
+def _print(key: str, notes: dict[str, list[str]]) -> None:
+    print("\n".join(f"{key}: {note}" for note in notes[key] or ["treats every layer it is meant for"]))
 
 
 def _ask(family: str, key: str, block: Any, model: Any, shape: tuple[int, int, int]) -> list[str]:

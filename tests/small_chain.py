@@ -32,14 +32,22 @@ def parameters() -> dict[str, Any]:
     restart = {"reset": "uniform", "scope": "filter", "criterion": "per_example", "ranking_batches": 1, "ranking_dropout": False}
     restart |= {"divisor": 3, "restarts": 1, "final_epochs": 0, "patience": None, "max_drop": 0.5, "target": None}
     diet = {"groups": 2, "score": "sum", "select": "max", "protect": [], "distill": None}
-    expansion = {"method": "kflo", "depth": 2, "width": 1.5, "l2_factor": 1.0, "mixer_decay": 1e-9}
+    expansion = {
+        "method": "kflo",
+        "layers": ["*"],
+        "depth": 2,
+        "width": 1.5,
+        "narrow": False,
+        "l2_factor": 1.0,
+        "mixer_decay": 1e-9,
+    }
     return {
         "seed": [0],
         "data": data | {"test": 0.4, "per_class": None, "split_seed": 0, "mean": "auto", "std": "auto"},
         "augment": {"pad": 1, "pad_mode": "zero", "flip": False},
         "runtime": {"device": "cpu", "threads": 1, "workers": 0},
         "model": {"name": "cifar_quick"},
-        "train": {"overparameterize": expansion, "fit": dict(fit)},
+        "train": {"start": "data/start", "overparameterize": expansion, "bias_lr": 1.0, "ema": None, "fit": dict(fit)},
         "variants": {"revive": ["finetune"], "compress": ["none", "diet"]},
         "revive": {
             "finetune": {"method": "finetune", "fit": fit | {"epochs": 0}},
@@ -75,6 +83,7 @@ def build(folder: Path) -> None:
     """Write params.yaml into `folder` and build the chain's outputs there."""
     with contextlib.chdir(folder):
         write_parameters(folder, parameters())
+        Path("data/start").mkdir(parents=True)
         for words in CHAIN:
             assert call(*words) == 0, words
         Path("raw").rmdir()  # `check` made it for a download

@@ -1,17 +1,17 @@
-"""KFLO against hand formulas, the cascade of convolutions that it stands for, and the published numbers of parameters."""
+"""KFLO against hand formulas and the published numbers of parameters; what holds for every method is in test_expansion.py."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import hooks, models
 from pipeline.errors import InputError
 from pipeline.layers import filtering_layers
-from pipeline.overparameterize import collapse, kflo, none, overparameterize
+from pipeline.overparameterize import collapse, kflo, overparameterize
 from pipeline.training import train
 
 LAYERS: dict[str, Any] = {
@@ -81,15 +81,6 @@ def test_the_effective_kernel_is_a_linear_combination_of_all_filters(kind: str, 
         np.testing.assert_allclose(layer.bias.detach().numpy(), matrix @ biases, atol=1e-5)
 
 
-@pytest.mark.parametrize("depth", [2, 3])
-def test_an_ungrouped_convolution_equals_its_cascade_of_pointwise_convolutions(depth: int) -> None:
-    layer, x = expanded("conv", depth), torch.randn(2, 6, 9, 9)
-    y = F.conv2d(x, layer.parametrizations.weight.original, layer.parametrizations.bias.original, stride=2, padding=1)
-    for mixer in mixers(layer):
-        y = F.conv2d(y, mixer[:, :, None, None])
-    torch.testing.assert_close(layer(x), y, atol=1e-4, rtol=1e-4)
-
-
 def test_width_counts_filters_by_pythons_round() -> None:
     layer = nn.Linear(3, 5)
     kflo.expand_layer(layer, depth=2, width=2.5)  # 12.5, to even
@@ -134,7 +125,6 @@ def test_the_penalty_has_the_gradient_of_the_l2_norm_of_composed_kernels(make_ru
         torch.testing.assert_close(mixer.grad, at_kernel @ filters.detach().flatten(1).T)
         assert model[1].weight.grad is None and layer.parametrizations.bias.original.grad is None
     assert kflo.Hook(l2_factor=0.0).penalty(run, nothing, nothing, nothing) is None
-    assert none.Hook().penalty(run, nothing, nothing, nothing) is None
 
 
 def test_the_optimiser_decays_filters_by_0_mixers_by_their_own_and_the_rest_as_ever(make_run: Any) -> None:
@@ -182,72 +172,101 @@ def test_assigning_where_the_mixers_lost_rank_is_least_squares() -> None:
     torch.testing.assert_close(layer.weight.detach(), nearest, atol=1e-5, rtol=1e-4)
 
 
-def test_filters_of_several_networks_under_identity_mixers_start_as_the_first_network() -> None:
-    torch.manual_seed(1)
-    networks = [LAYERS["conv"]() for _ in range(4)]
-    x, wanted = torch.randn(2, 6, 9, 9), networks[0].weight.detach().clone()
-    first = networks[0](x)
-    kflo.expand_layer(networks[0], depth=2, width=4)
-    for name in ("weight", "bias"):
-        original = networks[0].parametrizations[name].original
-        original.data[5:] = torch.cat([getattr(network, name).detach() for network in networks[1:]])
-    assert torch.equal(networks[0].weight, wanted) and torch.equal(networks[0](x), first)
+def test_the_penalty_is_the_plain_formula_over_every_kind_of_layer() -> None:
+    torch.manual_seed(0)
+    kinds = [nn.Conv1d(4, 6, 3, groups=2), nn.Conv3d(2, 3, 2), nn.ConvTranspose1d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3)]
+    model = nn.ModuleList([*(make() for make in LAYERS.values()), *kinds, nn.ConvTranspose3d(2, 3, 2, bias=False)]).double()
+    overparameterize(model, depth=3, width=1.5)
+    model.extend([nn.Linear(3, 3), overparameterize(nn.Conv2d(3, 3, 3), "do_conv")])  # of no concern to it
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    found = kflo.penalty(model)
+    assert found is not None
+    wanted = torch.zeros((), dtype=torch.float64)
+    for layer in list(model)[:-2]:
+        first, last = mixers(layer)
+        wanted = wanted + (last @ first @ layer.parametrizations.weight.original.flatten(1)).square().sum()  # type: ignore[union-attr]
+    torch.testing.assert_close(found, wanted)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(3 * loss, parameters, allow_unused=True) for loss in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) is (other is None)
+        torch.testing.assert_close(one, other)
+    assert sum(gradient is not None for gradient in gradients[0]) == 3 * 10
+    assert kflo.penalty(model[-2]) is None and kflo.penalty(model[-1]) is None
 
 
-def test_a_slice_of_the_layer_is_exactly_the_slice_of_its_kernel() -> None:
-    layer = expanded("conv", depth=3)
-    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    outputs, inputs = torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5])
-    for name in ("weight", "bias"):
-        layer.parametrizations[name][0].keep(outputs, inputs)
-    torch.testing.assert_close(layer.weight, weight[outputs][:, inputs], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(layer.bias, bias[outputs], atol=1e-6, rtol=1e-5)
+def test_kernels_are_composed_once_a_step_however_often_they_are_read(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reading(hooks.Hook):
+        def penalty(self, run: Any, *tensors: Tensor) -> None:
+            assert all(layer.weight is layer.weight for layer in (run.model[0], run.model[4]))
+
+        def after_step(self, run: Any) -> None:
+            counts.append(len(composed))
+            composed.clear()
+
+    composed: list[int] = []
+    counts: list[int] = []
+    plainly = kflo.Mixing.compose
+    monkeypatch.setattr(kflo.Mixing, "compose", lambda self, original: composed.append(id(self)) or plainly(self, original))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10, bias=False))
+    run = make_run(overparameterize(model, width=2))
+    composed.clear()
+    train(run, [kflo.Hook(), Reading(), kflo.Hook(l2_factor=0.5)])
+    assert counts == [3] * len(run.train)  # two kernels and a bias
 
 
-def test_kernels_are_composed_in_fp32_under_autocast() -> None:
+def test_the_penalty_is_computed_in_fp32_under_autocast() -> None:
     layer = expanded("conv")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer.weight.dtype == layer.bias.dtype == torch.float32
-        inside = layer.weight.detach().clone()
-    assert torch.equal(inside, layer.weight)
+    plain = kflo.penalty(layer)
+    for precision in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=precision):
+            inside = kflo.penalty(layer)
+            assert layer.weight.dtype == layer.bias.dtype == torch.float32
+        assert plain is not None and inside is not None and inside.dtype == torch.float32 and torch.equal(inside, plain)
+        gradient, wanted = (torch.autograd.grad(value, mixers(layer), retain_graph=True)[0] for value in (inside, plain))
+        assert torch.equal(gradient, wanted)
 
 
-def vgg16_of_acnet() -> nn.Sequential:
-    """13 convolutions without biases, batch norms, two linear layers: 14,986,698 parameters."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width in (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512):
-        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
-        channels = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, 10))
+def training_parameters(name: str, depth: int, width: float, arguments: dict[str, Any]) -> tuple[int, int]:
+    """Of the expanded network, and by hand: every filter and bias rho times, a mixer of rho O x O (and hidden ones), the rest."""
+    with torch.device("meta"):
+        model = models.build(name, input_shape=(3, 32, 32), classes=10, **arguments)
+    plain = by_hand = parameters(model)
+    for _, layer in filtering_layers(model):
+        hidden, own = round(width * len(layer.weight)), layer.weight[0].numel() + (layer.bias is not None)
+        by_hand += (hidden - len(layer.weight)) * own + hidden * len(layer.weight) + (depth - 2) * hidden**2
+    expanded = parameters(overparameterize(model, depth=depth, width=width))
+    assert parameters(collapse(model)) == plain
+    return expanded, by_hand
 
 
 @pytest.mark.parametrize(("depth", "width", "published"), [(2, 1, 17.06e6), (2, 2, 34.11e6), (2, 4, 68.21e6), (3, 2, 42.40e6)])
 def test_vgg16_trains_as_many_parameters_as_published(depth: int, width: float, published: float) -> None:
-    with torch.device("meta"):
-        model = vgg16_of_acnet()
-        assert parameters(model) == 14_986_698
-    overparameterize(model, depth=depth, width=width)
-    assert parameters(model) == pytest.approx(published, abs=5e3)
-    assert parameters(collapse(model)) == 14_986_698
+    found, by_hand = training_parameters("vgg16", depth, width, {})
+    assert found == by_hand == pytest.approx(published, abs=5e3)
 
 
 def test_cifar_quick_trains_as_many_parameters_as_published() -> None:
-    model = models.build("cifar_quick", input_shape=(3, 32, 32), classes=10)
-    by_hand = 2 * (32 + 32 + 64)  # batch norms
-    for _, layer in filtering_layers(model):
-        outputs, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
-        by_hand += 4 * outputs * inputs + 4 * outputs * outputs
-    assert parameters(overparameterize(model, depth=2, width=4)) == by_hand == pytest.approx(0.509e6, abs=500)
+    found, by_hand = training_parameters("cifar_quick", 2, 4, {})
+    assert found == by_hand == pytest.approx(0.509e6, abs=500)
 
 
-def test_impossible_expansions_are_refused_and_change_nothing() -> None:
-    for arguments in ({"depth": 1}, {"width": 0.5}):
-        with pytest.raises(InputError, match="depth must be at least 2 and width at least 1"):
-            overparameterize(nn.Sequential(nn.Linear(2, 2)), **arguments)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    kflo.expand_layer(model[1], depth=2, width=2)
-    with pytest.raises(InputError, match="layer 1 is over-parameterised already"):
-        overparameterize(model)
-    assert not hasattr(model[0], "parametrizations")
-    assert isinstance(none.Hook(), hooks.Hook)
+@pytest.mark.parametrize(("size", "depth", "width"), [((16, 8), 2, 4), ((28, 2), 2, 1), ((28, 5), 3, 2), ((28, 10), 2, 4)])
+def test_wide_resnets_train_as_many_parameters_as_counted_by_hand(size: tuple[int, int], depth: int, width: float) -> None:
+    arguments = {"depth": size[0], "width": size[1], "dropout": 0.3}
+    found, by_hand = training_parameters("wide_resnet", depth, width, arguments)
+    assert found == by_hand
+
+
+def test_a_width_below_1_must_be_asked_for_and_starts_with_zeros() -> None:
+    plain = nn.Linear(3, 5)
+    layer: Any = overparameterize(nn.Sequential(copy.deepcopy(plain)), width=0.5, narrow=True)[0]  # type: ignore[index]
+    assert mixers(layer)[0].shape == (5, 2)  # 2.5, to even
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(layer, name)[:2], getattr(plain, name)[:2]) and not getattr(layer, name)[2:].any()
+    for width, narrow in ((0.0, True), (-1.0, True), (0.99, False)):
+        with pytest.raises(InputError, match=r"width at least 1 \(or set narrow\)"):
+            overparameterize(nn.Sequential(nn.Linear(3, 5)), width=width, narrow=narrow)
+    with pytest.raises(InputError, match="kflo: among the chosen layers there is none that it treats"):
+        overparameterize(nn.Sequential(nn.Linear(3, 5)), width=0.1, narrow=True)  # no filter at all

@@ -28,7 +28,7 @@ PNG, NPZ = Path("raw/ant/1.png"), Path("raw.npz")
 PREPARE, COVERAGE, REPORT = ("prepare",), ("coverage",), ("report",)
 TRAIN, REVIVE = ("train", "0"), ("revive", "finetune", "0")
 COMPRESS, COLLAPSE, EXPORT, PROFILE = ((stage, *VARIANT) for stage in ("compress", "collapse", "export", "profile"))
-KFLO = {"method": "kflo", "depth": 2, "width": 4, "mixer_decay": 0.0}
+KFLO = {"method": "kflo", "layers": ["*"], "depth": 2, "width": 4, "narrow": False, "mixer_decay": 0.0}
 
 
 def two_classes(*changes: do.Change) -> do.Change:

@@ -48,7 +48,11 @@ PARAMETERS: list[tuple[str, Any, str]] = [
     ("train.fit", FIT | {"nesterov": True, "momentum": 0.0}, "train.fit: nesterov must be false unless optimizer is sgd and"),
     ("train.fit.schedule", "cos", "train.fit.schedule = 'cos': must be 'cosine' or 'constant' or must hold parameters"),
     ("train.fit.schedule", {"every": 0, "factor": 0.1}, "train.fit.schedule.every = 0: must be greater than or equal to 1"),
-    ("train.overparameterize.method", "acb", "train.overparameterize.method = 'acb': must be one of kflo, none"),
+    (
+        "train.overparameterize.method",
+        "acb",
+        "train.overparameterize.method = 'acb': must be one of acnet, dbb, do_conv, expandnet, kflo, none",
+    ),
     ("train.overparameterize.depth", 1, "train.overparameterize.depth = 1: must be greater than or equal to 2"),
     ("variants.revive", [], "variants.revive = []: list should have at least 1 item"),
     ("variants.compress", ["none", "dite"], "variants.compress names 'dite', but compress has only none, diet"),
@@ -91,6 +95,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, where a check of right parameters has passed."""
     monkeypatch.chdir(tmp_path)
     write_parameters(tmp_path, parameters())
+    (tmp_path / "data/start").mkdir(parents=True)
     assert call("check") == 0
     return tmp_path
 

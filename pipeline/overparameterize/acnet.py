@@ -5,13 +5,12 @@ code, github.com/DingXiaoH/ACNet at 748fb0c. Merged: W' = s_0 W + s_1 W_{k x 1} 
 column and row, s = gamma / sqrt(var + eps); b' = sum of beta - mean * s.
 
 As in that code 1 x 1 and larger than 6 x 6 convolutions stay plain, and so do even sizes, where the branches would not align. The
-scales start at 1/3 (0.333) in its CIFAR networks with batch norms after the convolutions, and at 1 in the others. With a dilation the
-narrow branches here stay aligned with the square one; that code shifts them.
+scales start at 1/3 (0.333) in its CIFAR networks with batch norms after the convolutions, and at 1 in the others. With a
+dilation the narrow branches here stay aligned with the square one; that code shifts them.
 """
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 

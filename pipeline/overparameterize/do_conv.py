@@ -30,21 +30,18 @@ class Options(Section):
 class DepthwiseProduct(Kernel):
     """`multiplier` is D, (groups, I/groups, M, M); the original is W in the shape of the layer's filters."""
 
-    eye: Tensor
-
     def __init__(self, layer: Expandable) -> None:
         super().__init__(layer)
         _, inputs, size = filters_of(layer)
         taps = torch.Size(size).numel()
         self.multiplier = nn.Parameter(layer.weight.new_zeros(self.groups, inputs, taps, taps))
-        self.register_buffer("eye", torch.eye(taps).to(layer.weight), persistent=False)
 
     def compose(self, original: Tensor) -> Tensor:
-        composed = torch.einsum("gims,gois->goim", self.multiplier + self.eye, self._by_group(original))
+        composed = torch.einsum("gims,gois->goim", self._product(), self._by_group(original))
         return composed.reshape(original.shape)
 
     def invert(self, original: Tensor, target: Tensor) -> Tensor:
-        inverse = torch.linalg.pinv((self.multiplier + self.eye).double())
+        inverse = torch.linalg.pinv(self._product().double())
         change = self._by_group(target - self.compose(original)).double()
         return original + torch.einsum("gism,goim->gois", inverse, change).reshape(original.shape).to(original.dtype)
 
@@ -54,6 +51,10 @@ class DepthwiseProduct(Kernel):
         self.multiplier = nn.Parameter(self.multiplier.detach()[staying][:, inputs].clone())
         self.replace(self.original[outputs][:, inputs])
         self.groups = len(staying)
+
+    def _product(self) -> Tensor:
+        """D + E."""
+        return self.multiplier + torch.eye(self.multiplier.shape[2]).to(self.multiplier)
 
     def _by_group(self, filters: Tensor) -> Tensor:
         """(O, I/groups, *kernel) -> (groups, O/groups, I/groups, M)."""

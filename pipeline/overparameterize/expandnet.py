@@ -126,9 +126,7 @@ def _start_matrix(matrix: Tensor, exact: bool) -> None:
         matrix.uniform_(-(matrix.shape[2] ** -0.5), matrix.shape[2] ** -0.5)
 
 
-def expand(
-    model: nn.Module, *, layers: Chosen = ("*",), ratio: int = 4, linear: bool = False, exact: bool = True
-) -> None:
+def expand(model: nn.Module, *, layers: Chosen = ("*",), ratio: int = 4, linear: bool = False, exact: bool = True) -> None:
     """Over-parameterise every convolution with more than one tap, and with `linear` the linear layers, in place."""
     if ratio < 1:
         raise InputError(f"expandnet: ratio {ratio} must be at least 1")
