@@ -68,7 +68,7 @@ class Branches(Kernel):
 
     def normalising(self) -> bool:
         """Whether any statistic is that of the batch, so that nothing can be merged."""
-        return any(norm.training for norm in self.modules() if isinstance(norm, nn.BatchNorm2d))
+        return any(norm.training for norm in self.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm))
 
     def keep(self, outputs: Tensor, inputs: Tensor) -> None:
         self.replace(self.original[outputs][:, inputs])
