@@ -22,17 +22,20 @@ class Averaging(Hook):
         self.kept: dict[str, Tensor] = {}
 
     def after_step(self, run: Run) -> None:
+        self._of(run).update_parameters(run.model)
+
+    def finish(self, run: Run) -> None:
+        if self.average is not None or self.kept:  # kept alone: this process only finishes what another trained
+            with torch.no_grad():
+                for own, mean in zip(run.model.parameters(), self._of(run).module.parameters(), strict=True):
+                    own.copy_(mean)
+
+    def _of(self, run: Run) -> AveragedModel:
         if self.average is None:
             self.average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
             if self.kept:
                 self.average.load_state_dict(self.kept)
-        self.average.update_parameters(run.model)
-
-    def finish(self, run: Run) -> None:
-        if self.average is not None:
-            with torch.no_grad():
-                for own, mean in zip(run.model.parameters(), self.average.module.parameters(), strict=True):
-                    own.copy_(mean)
+        return self.average
 
     def tensors(self) -> dict[str, Tensor]:
         return self.average.state_dict() if self.average else self.kept

@@ -79,13 +79,13 @@ class Branches(Kernel):
         bias = layer.bias.detach()
         del layer.bias
         layer.register_parameter("bias", None)
-        if not self.had_bias and self.gave_way:
-            _come_back(self.gave_way[0], bias)
-        elif not self.had_bias and self.follows:
+        if self.gave_way:
+            _come_back(self.gave_way[0], torch.zeros_like(bias) if self.had_bias else bias)
+        if self.had_bias or not (self.gave_way or self.follows):
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+        elif self.follows:
             norm: Any = self.follows[0]
             norm.running_mean -= bias
-        else:
-            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
 
 
 class Shift(Computed):
@@ -105,6 +105,14 @@ class Shift(Computed):
         first: Any = self.kernels[0].norms[0]
         first.bias += target - self.compose(original)
         return original
+
+    def carry(self, moment: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return change(moment.clone())
+
+    @property
+    def trained(self) -> Tensor:
+        first: Any = self.kernels[0].norms[0]
+        return first.bias
 
     def keep(self, outputs: Tensor, inputs: Tensor) -> None:
         self.replace(self.original[outputs])
@@ -127,16 +135,18 @@ def branch(
     for name, layer in layers.items():
         kernels = make(layer)
         norm: Any = model.get_submodule(following[name]) if name in following else None
-        replaced = norm is not None and norms == "replace" and type(norm) is nn.BatchNorm2d and norm.affine
+        replaced = norms == "replace" and type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
         _start_norms(kernels, layer, norm if replaced else None, gamma)
         kernels.had_bias = layer.bias is not None
+        del layer.bias
+        layer.register_buffer("bias", layer.weight.new_zeros(layer.out_channels))
+        trains = norm.weight.requires_grad if replaced else layer.weight.requires_grad
         if replaced:
             kernels.gave_way = (_give_way(norm),)
         elif norm is not None and norm.running_mean is not None:
             kernels.follows = (norm,)
-        del layer.bias
-        layer.register_buffer("bias", layer.weight.new_zeros(layer.out_channels))
         attach(layer, weight=kernels, bias=Shift(kernels))
+        kernels.norms.requires_grad_(trains)
         type(layer).forward = _forward  # type: ignore[method-assign]
 
 
@@ -174,6 +184,7 @@ def _start_norms(kernels: Branches, layer: nn.Conv2d, replaced: Any, gamma: floa
 
 
 def _give_way(norm: Any) -> nn.Module:
+    norm.frozen = not norm.weight.requires_grad
     norm._parameters.clear()
     norm._buffers.clear()
     norm.__class__ = GivenWay
@@ -182,10 +193,10 @@ def _give_way(norm: Any) -> nn.Module:
 
 def _come_back(norm: Any, bias: Tensor) -> None:
     """A batch norm in evaluation that adds `bias`."""
-    training, eps, momentum = norm.training, norm.eps, norm.momentum
+    training, eps, momentum, frozen = norm.training, norm.eps, norm.momentum, norm.__dict__.pop("frozen")
     norm.__class__ = nn.BatchNorm2d
     nn.BatchNorm2d.__init__(norm, len(bias), eps, momentum, device=bias.device, dtype=bias.dtype)
-    norm.train(training)
+    norm.train(training).requires_grad_(not frozen)
     with torch.no_grad():
         norm.running_var.fill_(1 - eps)
         norm.bias.copy_(bias)

@@ -64,6 +64,17 @@ class Computed(nn.Module):
     def settle(self, layer: Any) -> None:
         """Anything to put right in a layer that was just merged."""
 
+    def carry(self, moment: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """A running average of the gradient of `trained`, after an edit `change` of the layer's tensor: `change` acts on what the
+        average composes into, without the constant part of the composition."""
+        constant = self(torch.zeros_like(moment))
+        return self.solve(moment, constant + change(self(moment) - constant))
+
+    @property
+    def trained(self) -> Tensor:
+        """The parameter that an edit of the layer's tensor moves."""
+        return self.original
+
     @property
     def original(self) -> Tensor:
         """The tensor that the layer's own one became."""
@@ -88,7 +99,7 @@ class Kernel(Computed):
         self.transposed = isinstance(layer, TRANSPOSED)
 
     def forward(self, original: Tensor) -> Tensor:
-        return self.turn(super().forward(original))
+        return self.turn(super().forward(original)).contiguous()
 
     def solve(self, original: Tensor, target: Tensor) -> Tensor:
         return self.invert(original, self.turn(target))
@@ -110,6 +121,11 @@ def filters_of(layer: Expandable) -> tuple[int, int, tuple[int, ...]]:
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features, ()
     return layer.out_channels, layer.in_channels // layer.groups, tuple(layer.kernel_size)
+
+
+def plain_class(layer: nn.Module) -> type:
+    """The class of a layer, or of what it becomes when it is merged."""
+    return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
 
 
 def default_bound(layer: Expandable) -> float:
@@ -140,6 +156,8 @@ def merge_layer(layer: Any) -> nn.Module:
     for parametrisation in computed.values():
         if isinstance(parametrisation, Computed):
             parametrisation.settle(layer)
+    if "bias" in layer._parameters:  # after the kernel, as ever
+        layer._parameters["bias"] = layer._parameters.pop("bias")
     return layer
 
 

@@ -84,10 +84,9 @@ def edit(
             old.copy_(change(old.detach().clone()))
         return
     if parametrize.is_parametrized(layer, name):
-        parameters: Any = layer.parametrizations[name]  # type: ignore[union-attr,index]
-        for moment in _moments(optimizer, parameters.original, ("momentum_buffer", "exp_avg")):
-            computed, constant = parameters[0](moment), parameters[0](torch.zeros_like(moment))
-            moment.copy_(parameters[0].solve(moment, constant + change(computed - constant)))
+        computed: Any = layer.parametrizations[name][0]  # type: ignore[union-attr,index]
+        for moment in _moments(optimizer, computed.trained, ("momentum_buffer", "exp_avg")):
+            moment.copy_(computed.carry(moment, change))
     else:
         for moment in _moments(optimizer, getattr(layer, name), ("momentum_buffer", "exp_avg", "exp_avg_sq")):
             moment.copy_(change(moment.clone()))

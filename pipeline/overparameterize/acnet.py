@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.branches import Branches, Norms, aligned, branch, centred, convolve, fold, rows
 from pipeline.config import Section
-from pipeline.expansion import Chosen, choose, default_bound
+from pipeline.expansion import Chosen, choose, default_bound, plain_class
 
 
 class Options(Section):
@@ -60,7 +60,7 @@ class Asymmetric(Branches):
 
 def treats(layer: Any) -> bool:
     """Convolutions with odd sides of 3 to 5."""
-    return type(layer) is nn.Conv2d and all(side in (3, 5) for side in layer.kernel_size)
+    return plain_class(layer) is nn.Conv2d and all(side in (3, 5) for side in layer.kernel_size)
 
 
 def expand(model: nn.Module, *, layers: Chosen = ("*",), gamma: float | None = None, norms: Norms = "replace") -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.branches import Branches, Norms, aligned, branch, centred, convolve, cut_norm, fold, rows
 from pipeline.config import Section
-from pipeline.expansion import Chosen, choose
+from pipeline.expansion import Chosen, choose, plain_class
 
 
 class Options(Section):
@@ -115,7 +115,7 @@ def _padded(y: Tensor, norm: Any, pads: list[int]) -> Tensor:
 
 def treats(layer: Any) -> bool:
     """Convolutions with odd sides of 3 to 5, without dilation, padded by zeros."""
-    odd = type(layer) is nn.Conv2d and all(side in (3, 5) for side in layer.kernel_size)
+    odd = plain_class(layer) is nn.Conv2d and all(side in (3, 5) for side in layer.kernel_size)
     return odd and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
 
 

@@ -154,9 +154,12 @@ def stack(model: nn.Module, networks: Sequence[nn.Module]) -> list[str]:
     Of every expanded layer, the k-th O rows of W1 become the filters (and biases) of the k-th network; everything that is not
     expanded comes from the first. With mixers at their start the model then computes what the first network computes. A tensor
     whose shape differs (the classifier of other classes) keeps its fresh values: their names are returned. `InputError` where
-    there are more networks than the width holds.
+    the networks differ from each other, or are more than the width holds.
     """
     states = [network.state_dict() for network in networks]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if any(shape != shapes[0] for shape in shapes):
+        raise InputError("kflo: only networks of one architecture can be stacked; these differ in the names or shapes of tensors")
     expanded = dict(_expanded(model))
     left = []
     with torch.no_grad():
@@ -178,7 +181,7 @@ def _fill(name: str, mixing: Any, states: Sequence[dict[str, Tensor]]) -> list[s
     seen = mixing.turn if isinstance(mixing, KernelMixing) else nn.Identity()
     blocks = [seen(state[name]) for state in states if name in state]
     outputs, hidden = mixing.matrix().shape
-    if any(block.shape != (outputs, *mixing.original.shape[1:]) for block in blocks) or not blocks:
+    if not blocks or blocks[0].shape != (outputs, *mixing.original.shape[1:]):
         return [name]
     if len(blocks) * outputs > hidden:
         raise InputError(f"kflo: {len(blocks)} networks do not fit into {name}, whose width is {hidden / outputs:g}")
