@@ -147,6 +147,7 @@ def branch(
             kernels.follows = (norm,)
         attach(layer, weight=kernels, bias=Shift(kernels))
         kernels.norms.requires_grad_(trains)
+        kernels.norms.train(norm.training if replaced and norm else layer.training)
         type(layer).forward = _forward  # type: ignore[method-assign]
 
 
@@ -184,7 +185,7 @@ def _start_norms(kernels: Branches, layer: nn.Conv2d, replaced: Any, gamma: floa
 
 
 def _give_way(norm: Any) -> nn.Module:
-    norm.frozen = not norm.weight.requires_grad
+    norm.trained = (norm.weight.requires_grad, norm.bias.requires_grad)
     norm._parameters.clear()
     norm._buffers.clear()
     norm.__class__ = GivenWay
@@ -193,10 +194,11 @@ def _give_way(norm: Any) -> nn.Module:
 
 def _come_back(norm: Any, bias: Tensor) -> None:
     """A batch norm in evaluation that adds `bias`."""
-    training, eps, momentum, frozen = norm.training, norm.eps, norm.momentum, norm.__dict__.pop("frozen")
+    training, eps, momentum, trained = norm.training, norm.eps, norm.momentum, norm.__dict__.pop("trained")
     norm.__class__ = nn.BatchNorm2d
     nn.BatchNorm2d.__init__(norm, len(bias), eps, momentum, device=bias.device, dtype=bias.dtype)
-    norm.train(training).requires_grad_(not frozen)
+    norm.train(training)
+    norm.weight.requires_grad, norm.bias.requires_grad = trained
     with torch.no_grad():
         norm.running_var.fill_(1 - eps)
         norm.bias.copy_(bias)

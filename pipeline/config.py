@@ -46,7 +46,7 @@ class Data(Section):
     """What `prepare` reads."""
 
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "folder"]
-    root: str  # folder (or, for cifar10, also an .npz file) that holds the raw data
+    root: str  # folder (or, for cifar10 and cifar100, also an .npz file) that holds the raw data
     download: bool  # let torchvision fetch what is missing
     image_size: int | None = Field(ge=1, le=16384)  # resize to a square of so many pixels; null keeps the size
     storage: Literal["auto", "memory", "stream"]

@@ -164,9 +164,15 @@ def merge_layer(layer: Any) -> nn.Module:
 def collapse(model: nn.Module) -> nn.Module:
     """Merge every over-parameterised layer of `model` into the plain layer it computes, in place, and return it."""
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
+        if is_expanded(module):
             merge_layer(module)
     return model
+
+
+def is_expanded(layer: nn.Module) -> bool:
+    """Whether this library computes the layer's kernel (and no other's parametrisation, as weight norm)."""
+    found: Any = layer
+    return parametrize.is_parametrized(layer, "weight") and isinstance(found.parametrizations.weight[0], Computed)
 
 
 def choose(model: nn.Module, method: str, layers: Chosen, treats: Callable[[Any], bool]) -> dict[str, Any]:
@@ -183,14 +189,16 @@ def choose(model: nn.Module, method: str, layers: Chosen, treats: Callable[[Any]
                 raise InputError(f"{method}: no layer fits {pattern!r}; there are {', '.join(candidates) or 'none'}")
     if not chosen:
         raise InputError(f"{method}: among the chosen layers there is none that it treats; there are {', '.join(candidates)}")
-    users = Counter(id(layer.weight) for layer in candidates.values() if not parametrize.is_parametrized(layer))
+    users = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
     for name, layer in chosen.items():
-        if parametrize.is_parametrized(layer):
+        if is_expanded(layer):
             raise InputError(f"{method}: layer {name} is over-parameterised already; collapse it first")
+        if parametrize.is_parametrized(layer):
+            raise InputError(f"{method}: layer {name} has a parametrisation of another kind; remove it first")
         if isinstance(layer.weight, nn.UninitializedParameter):
             raise InputError(f"{method}: layer {name} has no shape yet; pass one batch through the network first")
-        if users[id(layer.weight)] > 1:
-            raise InputError(f"{method}: layer {name} shares its weight with another layer; leave it out of `layers`")
+        if any(users[id(tensor)] > 1 for tensor in (layer.weight, layer.bias) if tensor is not None):
+            raise InputError(f"{method}: layer {name} shares its weight or bias with another layer; leave it out of `layers`")
     return chosen
 
 

@@ -14,7 +14,7 @@ class Tracer(fx.Tracer):
     """Looks into no layer that surgery knows."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = (nn.Conv2d, nn.Linear, ChannelPad, ChannelSelect)
+        own = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, ChannelPad, ChannelSelect)
         return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 

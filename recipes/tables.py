@@ -92,7 +92,8 @@ def _keys(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     """The file's keys, after those of its base."""
     if name not in tables():
         where = f"recipes/{above[-1]}.yaml: base = {name!r}: " if above else ""
-        raise InputError(f"{where}there is no table {name!r}; tables are {', '.join(tables())}")
+        there = f"tables are {', '.join(tables())}" if tables() else "run from the project's root"
+        raise InputError(f"{where}there is no table {name!r}; {there}")
     if name in above:
         raise InputError(f"recipes/{name}.yaml: base leads back to itself, by {' and '.join(above)}")
     own = read_params(RECIPES / f"{name}.yaml")

@@ -23,7 +23,10 @@ def main() -> None:
     expansion = methods.options("overparameterize", "train.overparameterize", wanted).model_dump()
     with torch.device("meta"):  # shapes alone: no memory, no random numbers
         model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
-        overparameterize(model, expansion.pop("method"), **expansion)
+        try:
+            overparameterize(model, expansion.pop("method"), **expansion)
+        except InputError as error:
+            raise InputError(f"params.yaml: train.overparameterize: {error}") from error
     variants = parse("variants", lookup(params, "variants"), Variants)
     plain = [name for name, layer in filtering_layers(model) if not expanded(layer)]
     notes: dict[str, list[str]] = {"train.overparameterize": [f"leaves plain: {', '.join(plain)}"] if plain else []}

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from pipeline.errors import InputError
 from pipeline.layers import filtering_layers
-from pipeline.overparameterize import collapse, overparameterize
+from pipeline.overparameterize import collapse, kflo, overparameterize
 from pipeline.surgery import shrink
 
 every_method = pytest.mark.parametrize("label", METHODS)
@@ -124,7 +124,7 @@ def test_what_cannot_be_expanded_is_refused_and_changes_nothing(label: str) -> N
         (expand(small(), label), ["*"], "is over-parameterised already; collapse it first"),
         (expand(small(), label, layers=["6"]), ["0", "6"], "layer 6 is over-parameterised already"),
         (overparameterize(small(), "kflo", layers=["6"]), ["*"], "layer 6 is over-parameterised already"),
-        (shared, ["3.*"], "layer 3.0 shares its weight with another layer; leave it out of `layers`"),
+        (shared, ["3.*"], "layer 3.0 shares its weight or bias with another layer; leave it out of `layers`"),
     ]
     for model, layers, message in cases:
         before = snapshot(model)
@@ -141,13 +141,89 @@ def test_what_cannot_be_expanded_is_refused_and_changes_nothing(label: str) -> N
         assert treated(lazy) == []
 
 
-@pytest.mark.parametrize(("method", "arguments"), [("kflo", {"depth": 1}), ("kflo", {"width": 0.99}), ("expandnet", {"ratio": 0})])
-def test_impossible_factors_are_refused_and_change_nothing(method: str, arguments: dict[str, Any]) -> None:
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("kflo", {"depth": 1}, "kflo.depth = 1: must be greater than or equal to 2"),
+    ("kflo", {"depth": 2.5}, "kflo.depth = 2.5: must be a valid integer"),
+    ("kflo", {"width": 0.99}, "kflo: width must be at least 1, or narrow true"),
+    ("kflo", {"width": float("nan")}, "kflo.width = nan: must be"),
+    ("kflo", {"rho": 4}, "kflo.rho is not a parameter"),
+    ("expandnet", {"ratio": 0}, "expandnet.ratio = 0: must be greater than or equal to 1"),
+    ("acnet", {"norms": "replce"}, "acnet.norms = 'replce': must be 'replace' or 'add'"),
+    ("dbb", {"gamma": -1.0}, "dbb.gamma = -1.0: must be greater than or equal to 0"),
+    ("do_conv", {"layers": None}, "do_conv: layers = None: must be patterns of names, or a predicate"),
+    ("do_conv", {"layers": [1]}, r"do_conv: layers = \[1\]: must be patterns of names, or a predicate"),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "message"), WRONG)
+def test_impossible_arguments_are_refused_and_change_nothing(method: str, arguments: dict[str, Any], message: str) -> None:
     model = small()
     before = snapshot(model)
-    with pytest.raises(InputError, match=f"{method}: .* must be at least"):
+    with pytest.raises(InputError, match=message):
         overparameterize(model, method, **arguments)
     assert snapshot(model) == before
+
+
+def test_one_pattern_may_stand_alone() -> None:
+    model = overparameterize(small(), "do_conv", layers="3.*")
+    assert treated(model) == ["3.0", "3.3"]
+
+
+def test_tensors_shared_with_anything_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(8, 4), nn.Linear(4, 8)
+            self.head.weight = self.words.weight
+
+    biased = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 1))
+    biased[1].bias = biased[0].bias
+    for model in (Tied(), biased):
+        before = snapshot(model)
+        with pytest.raises(InputError, match="shares its weight or bias with another layer"):
+            overparameterize(model, "kflo")
+        assert snapshot(model) == before
+
+
+def test_parametrisations_of_another_kind_are_left_alone() -> None:
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+    with pytest.raises(InputError, match="layer 0 has a parametrisation of another kind; remove it first"):
+        overparameterize(model, "kflo")
+    collapse(overparameterize(model, "kflo", layers=["1"]))
+    assert parametrize.is_parametrized(model[0]) and not parametrize.is_parametrized(model[1])
+
+
+@pytest.mark.parametrize("label", [label for label in METHODS if branching(label)])
+def test_a_batch_norm_in_evaluation_stays_so_in_the_branches(label: str) -> None:
+    model = small().train()
+    model[1].eval()
+    x = torch.randn(4, 3, 9, 9)
+    wanted = model[1](model[0](x))
+    arguments = METHODS[label][1] | {"norms": "replace", "gamma": None}
+    overparameterize(model, METHODS[label][0], layers=["0"], **arguments)
+    torch.testing.assert_close(model[1](model[0](x)), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_batch_norms_of_other_libraries_are_found() -> None:
+    from timm.layers import BatchNormAct2d
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), BatchNormAct2d(4), nn.Conv2d(4, 2, 3, bias=False))
+    x = torch.randn(4, 3, 9, 9)
+    overparameterize(model, "acnet").train()(x)
+    wanted = model.eval()(x)
+    merged = collapse(model)
+    assert merged[0].bias is None and merged[2].bias is not None  # type: ignore[index]
+    torch.testing.assert_close(merged(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_kernel_that_was_composed_without_gradients_is_refused() -> None:
+    model, x = overparameterize(small(), "kflo"), torch.randn(2, 3, 9, 9)
+    with parametrize.cached():
+        with torch.no_grad():
+            model(x)
+        model(x)
+        with pytest.raises(InputError, match="composed without gradients inside parametrize.cached"):
+            kflo.penalty(model)
 
 
 @pytest.mark.parametrize("label", [label for label in METHODS if branching(label)])

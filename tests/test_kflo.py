@@ -61,11 +61,28 @@ def test_the_kernel_at_the_start_is_the_old_one_bit_for_bit(kind: str, depth: in
     assert [tuple(mixer.shape) for mixer in mixers(layer)] == [(4 * len(plain.weight),) * 2] * (depth - 2) + [
         (len(plain.weight), 4 * len(plain.weight))
     ]
-    bound = plain.weight[0].numel() ** -0.5
     for name in ("weight", "bias") if plain.bias is not None else ("weight",):
-        added = layer.parametrizations[name].original[len(plain.weight) :]
+        own, added = getattr(plain, name), layer.parametrizations[name].original[len(plain.weight) :]
+        bound = (3 * own.square().mean()) ** 0.5  # a uniform distribution of the same standard deviation
         assert added.abs().max() <= bound and (added.numel() < 30 or added.abs().max() > 0.8 * bound)
         assert added.flatten().unique().numel() > 0.9 * added.numel()
+
+
+def test_the_further_filters_are_like_the_layers_own_whatever_drew_those() -> None:
+    torch.manual_seed(0)
+    default, he = (
+        nn.Conv2d(32, 64, 5),
+        models.build("wide_resnet", input_shape=(3, 32, 32), classes=10, depth=10, width=4, dropout=0.0),
+    )
+    for layer in (default, he.get_submodule("layer2.0.conv1")):
+        own: Any = layer
+        std = own.weight.std()
+        kflo.expand_layer(own, depth=2, width=4)
+        added = own.parametrizations.weight.original.detach()[own.out_channels :]
+        assert added.std().item() == pytest.approx(std.item(), rel=0.02) and added.mean().abs() < 0.02 * std
+    fan_in = 32 * 5 * 5  # torch's default: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))
+    extreme = default.parametrizations.weight.original.detach()[64:].abs().max().item()  # type: ignore[union-attr]
+    assert extreme == pytest.approx(fan_in**-0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("depth", [2, 3])
@@ -266,7 +283,7 @@ def test_a_width_below_1_must_be_asked_for_and_starts_with_zeros() -> None:
     for name in ("weight", "bias"):
         assert torch.equal(getattr(layer, name)[:2], getattr(plain, name)[:2]) and not getattr(layer, name)[2:].any()
     for width, narrow in ((0.0, True), (-1.0, True), (0.99, False)):
-        with pytest.raises(InputError, match=r"width at least 1 \(or set narrow\)"):
+        with pytest.raises(InputError, match="kflo.*(width must be at least 1, or narrow true|must be greater than 0)"):
             overparameterize(nn.Sequential(nn.Linear(3, 5)), width=width, narrow=narrow)
     with pytest.raises(InputError, match="kflo: among the chosen layers there is none that it treats"):
         overparameterize(nn.Sequential(nn.Linear(3, 5)), width=0.1, narrow=True)  # no filter at all

@@ -111,7 +111,7 @@ def test_rows_train_as_their_papers_do(project: None) -> None:
         "kflo_transfer": ("cifar100", 200),
     }
     acnet = tables.parameters(tables.read_table("kflo_cifar10"), ("wrn_28_5", "acnet"))["train"]["overparameterize"]
-    assert acnet == {"method": "acnet", "layers": ["*"], "gamma": 0.333, "norms": "add"}
+    assert acnet == {"method": "acnet", "layers": ["*"], "gamma": 1.0, "norms": "add"}
 
 
 def test_transfer_starts_from_as_many_cifar10_networks_as_kflo_is_wide(project: None) -> None:

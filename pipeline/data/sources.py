@@ -70,7 +70,11 @@ def _cifar10(options: Data) -> Source:
 
 
 def _cifar100(options: Data) -> Source:
-    """50000 + 10000 RGB 32x32 in 100 classes, in root/cifar-100-python as torchvision keeps it."""
+    """50000 + 10000 RGB 32x32 in 100 classes: root/cifar-100-python as torchvision keeps it, or `root` itself an .npz file, whose
+    classes go by their numbers."""
+    if options.root.endswith(".npz"):
+        classes = tuple(str(label) for label in range(100))
+        return Source(classes, _npz(Path(options.root), (32, 32, 3), 100), f"CIFAR-100: {KRIZHEVSKY}")
     splits, classes = _torchvision("CIFAR100", options, (32, 32, 3))
     return Source(classes, splits, f"CIFAR-100: {KRIZHEVSKY}")
 

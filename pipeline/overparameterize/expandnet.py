@@ -6,8 +6,9 @@ github.com/GUOShuxuan/expandnets at 065d4d3. With ratio r a convolution I -> O b
     1x1 (I -> rI),  the layer's own kernel size (rI -> rO),  1x1 (rO -> O)
 
 each with a bias where the layer has one, nothing between them, the padding before the first. The network's first convolution keeps
-its I channels in the first step. Here the cascade is contracted in kernel space once a step, so that a step costs one plain
-convolution: same function, same gradients. A linear layer is the case of a kernel without extent (the code's FC form).
+its I channels in the first step. Here the cascade is contracted in kernel space once a step, which costs r^2 O^2 I multiply-adds
+a tap but nothing an image: same function, same gradients. A linear layer is the case of a kernel without extent (the code's FC
+form); a transposed convolution has only this contracted form.
 """
 
 from typing import Any, Literal
@@ -17,7 +18,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config import Section
-from pipeline.errors import InputError
 from pipeline.expansion import Chosen, Computed, Expandable, Kernel, attach, choose, filters_of
 
 
@@ -128,8 +128,6 @@ def _start_matrix(matrix: Tensor, exact: bool) -> None:
 
 def expand(model: nn.Module, *, layers: Chosen = ("*",), ratio: int = 4, linear: bool = False, exact: bool = True) -> None:
     """Over-parameterise every convolution with more than one tap, and with `linear` the linear layers, in place."""
-    if ratio < 1:
-        raise InputError(f"expandnet: ratio {ratio} must be at least 1")
 
     def treats(layer: Any) -> bool:
         return linear if isinstance(layer, nn.Linear) else torch.Size(filters_of(layer)[2]).numel() > 1

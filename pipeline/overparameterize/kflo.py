@@ -8,15 +8,20 @@ A layer with O filters trains h = round(width * O) filters W1 and depth - 1 mixi
     W' = W_depth ... W_2 W1        W1: (h, I/groups, *kernel) as a matrix with h rows, W_i: (h_{i+1}, h_i)
 
 A bias lives at width h and is mixed by the same product. The first O filters of W1 start as those the layer had, the others as
-a default layer's, the mixers as identities: at the start W' is exactly the old kernel. In a grouped convolution the mixing runs
+random ones, the mixers as identities: at the start W' is exactly the old kernel. In a grouped convolution the mixing runs
 across groups in kernel space, as in the authors' code; no feature-space cascade computes that.
+
+The authors' other filters are those of a default layer: of the same distribution as the first O, because their networks have no
+initial weights of their own. Where a network has (residual networks) or is trained, they are drawn with the standard deviation
+of the layer's own filters.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
@@ -24,7 +29,7 @@ from torch.nn.utils import parametrize
 from pipeline import hooks
 from pipeline.config import Section
 from pipeline.errors import InputError
-from pipeline.expansion import Chosen, Computed, Expandable, Kernel, attach, choose, default_bound, filters_of
+from pipeline.expansion import Chosen, Computed, Expandable, Kernel, attach, choose, filters_of
 
 
 class Options(Section):
@@ -37,6 +42,12 @@ class Options(Section):
     narrow: bool  # allow a width below 1, where some outputs start at zero
     l2_factor: float = Field(ge=0)  # of weight_decay * |W'|^2 in the loss: 1.0 as the authors ran it, 0.5 equals SGD's decay
     mixer_decay: float = Field(ge=0)  # weight decay of the mixers; 1e-9 as published
+
+    @model_validator(mode="after")
+    def _narrow_only_on_purpose(self) -> Self:
+        if self.width < 1 and not self.narrow:
+            raise PydanticCustomError("width", "width must be at least 1, or narrow true: below 1 some outputs start at zero")
+        return self
 
 
 class Product(torch.autograd.Function):
@@ -63,8 +74,6 @@ class Product(torch.autograd.Function):
 class Mixing(Computed):
     """Mixes an original (h, ...) along its first axis into (O, ...)."""
 
-    bound: float  # rows beyond the layer's own start as draws from U(-bound, bound)
-
     def matrix(self) -> Tensor:
         """The mixing matrix: (O, h)."""
         raise AssertionError("a subclass says what mixes")
@@ -80,9 +89,10 @@ class Mixing(Computed):
         return original + step.reshape(original.shape).to(original.dtype)
 
     def start(self, tensor: Tensor) -> Tensor:
-        hidden = self.matrix().shape[1]
-        more = tensor.new_empty(max(hidden - len(tensor), 0), *tensor.shape[1:]).uniform_(-self.bound, self.bound)
-        return torch.cat([tensor.detach()[:hidden], more])
+        """The layer's own rows, and uniform draws of the same standard deviation about 0."""
+        hidden, own = self.matrix().shape[1], tensor.detach()
+        more = own.new_empty(max(hidden - len(own), 0), *own.shape[1:]).uniform_(-(3**0.5), 3**0.5)
+        return torch.cat([own[:hidden], more * own.square().mean().sqrt()])
 
 
 class KernelMixing(Mixing, Kernel):
@@ -90,7 +100,6 @@ class KernelMixing(Mixing, Kernel):
 
     def __init__(self, layer: Expandable, depth: int, width: float) -> None:
         super().__init__(layer)
-        self.bound = default_bound(layer)
         outputs, _, _ = filters_of(layer)
         widths = [round(width * outputs)] * (depth - 1) + [outputs]
         eyes = [torch.eye(o, i).to(layer.weight) for i, o in zip(widths, widths[1:], strict=False)]
@@ -114,7 +123,7 @@ class BiasMixing(Mixing):
 
     def __init__(self, kernels: KernelMixing) -> None:
         super().__init__()
-        self.bound, self.kernels = kernels.bound, (kernels,)
+        self.kernels = (kernels,)
 
     def matrix(self) -> Tensor:
         return self.kernels[0].matrix()
@@ -140,10 +149,7 @@ def expand(
     mixer_decay: float = 1e-9,
 ) -> None:
     """Over-parameterise convolutions of any dimension, transposed ones too, and linear layers of `model`, in place
-    (`l2_factor` and `mixer_decay` only matter to the `Hook`). `InputError` where a layer is expanded already, and for a width
-    below 1 that was not asked for by `narrow`: the outputs beyond the width would start at zero."""
-    if depth < 2 or width <= 0 or (width < 1 and not narrow):
-        raise InputError(f"kflo: depth {depth} and width {width}: depth must be at least 2 and width at least 1 (or set narrow)")
+    (`l2_factor` and `mixer_decay` only matter to the `Hook`, `narrow` to the check of the options)."""
     for layer in choose(model, "kflo", layers, lambda layer: round(width * filters_of(layer)[0]) > 0).values():
         expand_layer(layer, depth=depth, width=width)
 
@@ -205,7 +211,8 @@ class SumOfSquares(torch.autograd.Function):
 
 def penalty(model: nn.Module) -> Tensor | None:
     """sum |W'|^2 over the layers that KFLO expanded; None where there is none. Inside `parametrize.cached()` no kernel is
-    composed again that the forward pass has composed."""
+    composed again that the forward pass has composed. `InputError` where it was composed there without gradients, as by a pass
+    under `no_grad`: W1 and the mixers would not train."""
     return _squares([layer for _, layer in _expanded(model)])
 
 
@@ -230,7 +237,11 @@ def _decays(layers: Sequence[Any], mixer_decay: float) -> dict[nn.Parameter, flo
 
 
 def _squares(layers: Sequence[Any]) -> Tensor | None:
-    return SumOfSquares.apply(*[layer.weight for layer in layers]) if layers else None
+    kernels = [layer.weight for layer in layers]
+    for layer, kernel in zip(layers, kernels, strict=True):
+        if torch.is_grad_enabled() and kernel.requires_grad is not layer.parametrizations.weight.original.requires_grad:
+            raise InputError("kflo: a kernel was composed without gradients inside parametrize.cached(); leave no_grad out of it")
+    return SumOfSquares.apply(*kernels) if kernels else None
 
 
 def _expanded(model: nn.Module) -> Iterator[tuple[str, Any]]:
