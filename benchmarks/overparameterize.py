@@ -1,6 +1,6 @@
 """What over-parameterised training costs: one training step of KFLO 2x4 in four forms, same network, batch and device, one run.
 
-    python -m benchmarks.overparameterize [--networks resnet wide_resnet vgg16] [--batch 128] [--rounds 7] [--threads 2]
+    python -m benchmarks.overparameterize [--networks resnet wide_resnet vgg16] [--batch 128] [--rounds 5] [--steps 4]
 
     plain    the network without over-parameterisation
     ours     pipeline.overparameterize.kflo: kernels composed once a step by one matrix product, in fp32, with its penalty
@@ -9,8 +9,9 @@
     cascade  in feature space: the wide convolution, then 1 x 1 convolutions (no penalty: the kernel is never computed)
 
 Every form trains with the fused optimiser and, where the hardware has it, bf16 (kernels are composed in fp32 in `ours` and
-`authors`). A round times one step of each form, in turn; prints medians of the rounds' times and of their ratios to plain, and the
-peak memory of three steps in a process of its own (CUDA: of the allocator) beyond that of a process without a network.
+`authors`). A round is some steps of each form in turn, after one that is not timed: the last form's numbers still fill the caches.
+Prints medians over rounds of a round's median step and of its ratio to plain, and the peak memory of three steps, in a process of
+its own, beyond that of a process without a network (CUDA: of the allocator).
 """
 
 import argparse
@@ -148,7 +149,7 @@ def measure(network: str, asked: argparse.Namespace) -> None:
     steps = {form: Step(network, form, asked.batch, device) for form in FORMS}
     for step in steps.values():
         step()
-    rounds = [{form: step() for form, step in steps.items()} for _ in range(asked.rounds)]
+    rounds = [{form: _median_of(step, asked.steps) for form, step in steps.items()} for _ in range(asked.rounds)]
     del steps
     result: dict[str, Any] = {"network": network, "batch": asked.batch, "device": str(device), "threads": asked.threads}
     print(f"\n{network} {NETWORKS[network]}, batch {asked.batch}, {device}, {asked.threads} threads, {asked.rounds} rounds")
@@ -164,6 +165,11 @@ def measure(network: str, asked: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def _median_of(step: Step, count: int) -> float:
+    step()
+    return statistics.median(step() for _ in range(count))
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -174,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--networks", nargs="+", default=["resnet", "wide_resnet", "vgg16"], choices=NETWORKS)
     parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "FORM"), help="print only the peak memory of one form")
-    for name, default in (("batch", 128), ("rounds", 7), ("threads", 2)):
+    for name, default in (("batch", 128), ("rounds", 5), ("steps", 4), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     if asked.peak:
