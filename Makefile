@@ -27,11 +27,15 @@ test: .venv/installed
 
 gpu: .venv/installed
 	pytest -m gpu
-	for network in cifar_quick resnet resnet18; do python -m benchmarks.training --network $$network || exit 1; done
+	for network in cifar_quick resnet resnet_imagenet; do python -m benchmarks.training --network $$network || exit 1; done
 	python -m benchmarks.overparameterize
+	python -m benchmarks.revive
 	dvc repro # another machine than before: it profiles again, on CUDA too
 	python -m recipes.run kflo_cifar10 'cifar_quick/*' --seeds 0 1 2 # the paper's full schedule; data/raw, or add --data FILE.npz
 	python -m recipes.run kflo_cifar10 'vgg16/*' 'wrn_28_2/*' --seeds 0
+	python -m recipes.run reactivation_cifar10 resnet_32/baseline resnet_32/reactivation --seeds 0 1 2
+	python -m recipes.run restart_cifar10 'mininet/*' --seeds 0
+	python -m recipes.run reactivation_cifar10 resnet_110/baseline resnet_110/reactivation --seeds 0
 
 ui: .venv/installed
 	python -m stages.ui

@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 from pipeline import models
 from pipeline.evaluation import pick_device
 from pipeline.overparameterize import kflo, overparameterize
-from pipeline.training import autocast
+from pipeline.precision import autocast
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar_quick": {},

@@ -30,11 +30,16 @@ from pipeline.data.batches import Batches, load
 from pipeline.data.prepare import prepare
 from pipeline.evaluation import pick_device
 from pipeline.hooks import Hook, Run
-from pipeline.training import autocast, train
+from pipeline.precision import autocast
+from pipeline.training import train
 
-NETWORKS: dict[str, dict[str, Any]] = {"cifar_quick": {}, "resnet": {"depth": 32}, "resnet18": {"stem": "cifar"}}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "cifar_quick": {},
+    "resnet": {"depth": 32},
+    "resnet_imagenet": {"depth": 18, "stem": "cifar"},
+}
 FIT = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "schedule": "cosine"}
-AUGMENT = Augment(pad=4, pad_mode="zero", flip=True)
+AUGMENT = Augment(pad=4, pad_mode="zero", flip=True, scale=None)
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
@@ -136,7 +141,9 @@ def _random_data(tmp: Path, images: int) -> Path:
     np.savez(tmp / "random.npz", **arrays)
     options = {"name": "cifar10", "root": str(tmp / "random.npz"), "download": False, "image_size": None, "storage": "memory"}
     share = held / (images + held)
-    prepare(Data(**options, validation=share, test=0.1, per_class=None, split_seed=0, mean="auto", std="auto"), tmp / "data")
+    prepare(
+        Data(**options, validation=share, test=0.1, per_class=None, crop=None, split_seed=0, mean="auto", std="auto"), tmp / "data"
+    )
     return tmp / "data"
 
 

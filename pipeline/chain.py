@@ -1,6 +1,6 @@
 """What the training stages of the chain share: from prepared data and a model to a trained model, its card and its record."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,13 @@ def train_stage(
     fit: Fit,
     hooks: Sequence[Hook] = (),
     inputs: Sequence[Path] = (),
+    fresh: Callable[[int], nn.Module] | None = None,
     out: Path,
 ) -> None:
     """Train `model` with `hooks` and write `out`/model and `out`/record.json.
 
-    `inputs` are the files that the model came from. The hooks of the card's over-parameterisation join by themselves. The test
-    split is touched once, after the last epoch.
+    `inputs` are the files that the model came from; `fresh` is as in `Run`. The hooks of the card's over-parameterisation join by
+    themselves. The test split is touched once, after the last epoch.
     """
     stage, seed = record.identity["stage"], record.identity["seed"]
     assert isinstance(seed, int)
@@ -68,7 +69,7 @@ def train_stage(
     resume = Resume(where.resume, f"{stage}-{record.identity['variant']}", fingerprint(decisive, inputs))
     train_batches = where.batches("train", fit.batch_size, seed)
     validation = where.batches("validation", EVALUATION_BATCH)
-    run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage)
+    run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage, fresh=fresh)
     trained = train(run, [*expansion_hooks(card), *hooks], resume)
     finish(where, record, run, trained, card, out)
     resume.clear()
@@ -87,6 +88,8 @@ def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dic
     validation = evaluate(model, run.validation)
     record.metrics |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
     record.metrics |= {"validation_accuracy": validation.accuracy}
+    if len(where.prepared.classes) > 10:  # of few classes, five say nothing
+        record.metrics["test_top5_accuracy"] = test.top5
     record.metrics["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     record.metrics["epochs"] = run.epoch
     record.history, record.events = run.history, run.events

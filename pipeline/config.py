@@ -42,13 +42,27 @@ class Section(BaseModel):
 SectionType = TypeVar("SectionType", bound=Section)
 
 
+class Crop(Section):
+    """What a network sees of an image: the shorter side resized, and of that the middle."""
+
+    resize: int = Field(ge=1, le=16384)  # pixels of the shorter side
+    size: int = Field(ge=1)  # pixels a side of the square in the middle
+
+    @model_validator(mode="after")
+    def _the_middle_is_within(self) -> Self:
+        if self.size > self.resize:
+            raise PydanticCustomError("crop", "size must be at most resize: of so many pixels the middle is kept")
+        return self
+
+
 class Data(Section):
     """What `prepare` reads."""
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "folder"]
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "folder"]
     root: str  # folder (or, for cifar10 and cifar100, also an .npz file) that holds the raw data
     download: bool  # let torchvision fetch what is missing
     image_size: int | None = Field(ge=1, le=16384)  # resize to a square of so many pixels; null keeps the size
+    crop: Crop | None  # what networks see of the images, which are stored at their own size or image_size; null: all
     storage: Literal["auto", "memory", "stream"]
     validation: float = Fraction  # share of the training images held out for every selection
     test: float = Fraction  # share held out for the test where the data has no test split of its own
@@ -64,6 +78,16 @@ class Augment(Section):
     pad: int = Field(ge=0)  # pixels added on each side before a random crop back to size; 0: no crop
     pad_mode: Literal["zero", "reflect"]
     flip: bool  # left-right, with probability 1/2
+    # Of a random box, resized to what networks see: the least and the largest share of the image's area; null: no box.
+    scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] | None
+
+    @model_validator(mode="after")
+    def _one_kind_of_crop(self) -> Self:
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise PydanticCustomError("scale", "scale must give the least share before the largest, as [0.08, 1.0]")
+        if self.scale is not None and self.pad:
+            raise PydanticCustomError("scale", "scale needs pad: 0, pad needs scale: null: an image is cropped in one way")
+        return self
 
 
 class Runtime(Section):
@@ -127,8 +151,10 @@ class CompressBlock(Block):
 class Train(Section):
     """The first training, over-parameterised."""
 
-    start: str  # folder whose sub-folders hold networks of other trainings, to start from; empty: fresh weights
+    start: str  # folder with networks to start from: sub-folders of other trainings, weight files; empty: fresh weights
+    start_layers: list[str] = Field(min_length=1)  # patterns of the layers or tensors taken over from there; ["*"]: all
     overparameterize: dict[str, Any]  # `method` and its options
+    revive: dict[str, Any]  # a method at work from the first epoch: as a block under `revive:`, without its fit
     bias_lr: float = Field(gt=0)  # learning rate of biases, as a multiple of the others'
     ema: float | None = Field(gt=0, lt=1)  # decay of the moving average of weights that is kept in their place; null: none
     fit: Fit

@@ -15,10 +15,11 @@ from pipeline.errors import InputError
 
 
 class Score(NamedTuple):
-    """Accuracy as a fraction, and mean cross-entropy in nats."""
+    """Accuracy as a fraction, mean cross-entropy in nats, and the share of images whose class is among the five likeliest."""
 
     accuracy: float
     loss: float
+    top5: float
 
 
 def pick_device(wanted: str, threads: int) -> torch.device:
@@ -46,14 +47,15 @@ def _keep_freed_memory() -> None:
 def evaluate(model: nn.Module, batches: Batches) -> Score:
     """Accuracy and loss over all images of `batches`. Leaves the model in evaluation mode."""
     model.eval()
-    correct, loss, count = 0.0, 0.0, 0
+    correct, loss, count, among = 0.0, 0.0, 0, 0.0
     with parametrize.cached():
         for images, labels in batches.epoch(0):
             logits = model(images).float()
             correct += float((logits.argmax(1) == labels).sum())
+            among += float((logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
-    return Score(correct / count, loss / count)
+    return Score(correct / count, loss / count, among / count)
 
 
 @torch.no_grad()

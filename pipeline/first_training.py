@@ -1,16 +1,19 @@
 """The first training of the chain: a network built, perhaps started from others, over-parameterised and trained.
 
 Transfer learning as in "Utilizing Excess Resources in Training Neural Networks": one network to start from gives its weights;
-of several, KFLO stacks the filters (`kflo.stack`).
+of several, KFLO stacks the filters (`kflo.stack`). A network to start from is a folder of another training of the chain, or a
+weight file that somebody published.
 """
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline import chain, checkpoint, methods
+from pipeline import chain, checkpoint, methods, weights
 from pipeline.averaging import Averaging
 from pipeline.config import Train, lookup, parse
 from pipeline.errors import InputError
@@ -18,6 +21,9 @@ from pipeline.expansion import collapse
 from pipeline.hooks import BiasRate, Hook, stable_seed
 from pipeline.overparameterize import overparameterize
 from pipeline.records import Record
+from pipeline.weights import SUFFIXES, Weights
+
+COUNTER = "num_batches_tracked"  # of batch norms: old files lack it, it fits any other one, and nothing here depends on it
 
 
 def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume: Path, out: Path) -> None:
@@ -27,35 +33,60 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
     network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
     expansion = methods.options("overparameterize", "train.overparameterize", options.overparameterize).model_dump()
     parameters = {"model": network, "train": options.model_dump() | {"overparameterize": expansion}, **used}
+    revive = methods.revival(options)
+    parameters["train"]["revive"] = revive.model_dump(exclude={"fit"})
     record = Record("train", str(seed), parameters, seed=seed)
 
     described = {"name": network["name"], "arguments": {key: value for key, value in network.items() if key != "name"}}
     card = checkpoint.new_card(described, where.prepared)
-    folders = start_folders(Path(options.start))
-    torch.manual_seed(stable_seed(seed, "initial weights"))
-    model = checkpoint.build(card)
-    record.notes += begin(model, [collapse(checkpoint.load(folder)[0]) for folder in folders], expansion)
+    starts = start_paths(Path(options.start))
+    networks = [collapse(checkpoint.load(path)[0]) if path.is_dir() else weights.read(path) for path in starts]
+
+    def drawn(*numbers: int) -> tuple[nn.Module, list[str]]:
+        torch.manual_seed(stable_seed(seed, "initial weights", *numbers))
+        model = checkpoint.build(card)
+        return model, begin(model, networks, expansion, options.start_layers)
+
+    model, left = drawn()
+    record.notes += left
     if expansion["method"] != "none":
         card["expansion"] = {"method": expansion["method"], "arguments": _arguments(expansion)}
     hooks: list[Hook] = [BiasRate(options.bias_lr)] if options.bias_lr != 1 else []
     hooks += [Averaging(options.ema)] if options.ema else []
-    files = [path for folder in folders for path in sorted(folder.iterdir())]
-    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=files, out=out)
+    hooks.append(methods.load("revive", revive.method).create(revive))
+    files = [file for path in starts for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    fresh = lambda number: drawn(number)[0]  # noqa: E731
+    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=files, fresh=fresh, out=out)
 
 
-def start_folders(folder: Path) -> list[Path]:
-    """The model folders among the sub-folders of `folder` (or their `model`), by name."""
+def start_paths(folder: Path) -> list[Path]:
+    """What `folder` holds to start from, by name: model folders among its sub-folders (or their `model`), and weight files.
+
+    `InputError` for anything else there but hidden files: it would silently not be started from.
+    """
     if not folder.is_dir():
         raise InputError(
             f"params.yaml: train.start = {str(folder)!r}: must be a folder; its sub-folders hold networks to start from"
         )
-    return [path for child in sorted(folder.iterdir()) for path in (child, child / "model") if (path / "model.json").is_file()]
+    found = []
+    for child in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        models = [path for path in (child, child / "model") if (path / "model.json").is_file()]
+        if not models and (child.is_dir() or child.suffix not in SUFFIXES):
+            known = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+            raise InputError(
+                f"params.yaml: train.start: {child} is neither a folder with a model.json nor a weight file ({known}): "
+                "move it away or rename it"
+            )
+        found += models or [child]
+    return found
 
 
-def begin(model: nn.Module, networks: list[nn.Module], expansion: dict[str, Any]) -> list[str]:
-    """Over-parameterise `model` in place, after it took the weights of trained plain `networks`, if any; notes on what it did
-    not take. `InputError` where several are given to a method that starts from one."""
-    method, left = expansion["method"], transfer(model, networks[0]) if networks else []
+def begin(
+    model: nn.Module, networks: Sequence[nn.Module | Weights], expansion: dict[str, Any], layers: Sequence[str] = ("*",)
+) -> list[str]:
+    """Over-parameterise `model` in place, after it took the `layers` of trained plain `networks`, if any; notes on what it did
+    not take. `InputError` where several are given to a method that starts from one, or not taken whole."""
+    method, left = expansion["method"], transfer(model, networks[0], layers) if networks else []
     overparameterize(model, method, **_arguments(expansion))
     if len(networks) > 1:
         stack = getattr(methods.load("overparameterize", method), "stack", None)
@@ -63,25 +94,58 @@ def begin(model: nn.Module, networks: list[nn.Module], expansion: dict[str, Any]
             raise InputError(
                 f"params.yaml: train.start has {len(networks)} networks, but {method} starts from one; kflo stacks several"
             )
+        if list(layers) != ["*"]:
+            raise InputError(
+                f"params.yaml: train.start_layers = {list(layers)}: must be ['*'] where train.start has several networks: "
+                f"{method} stacks whole ones"
+            )
         left = stack(model, networks)
     return [f"not taken over from the networks of train.start: {', '.join(left)}"] if left else []
 
 
-def transfer(model: nn.Module, network: nn.Module) -> list[str]:
-    """Copy every tensor of `network` that `model` has in the same shape, in place; the names of the others of `model`.
+def transfer(model: nn.Module, network: nn.Module | Weights, layers: Sequence[str] = ("*",)) -> list[str]:
+    """Copy every tensor of `network` that `model` has in the same shape, in place, where its own name or its layer's fits one of
+    the patterns `layers`; the names of the others of `model`, but for batch norms' counters.
 
-    `InputError` where they have nothing in common.
+    `InputError` where there is nothing to copy, or no tensor fits a pattern; `model` is then as it was.
     """
-    source, left = network.state_dict(), []
+    source, target = network.state_dict(), model.state_dict()
+    chosen = [name for name in _chosen(model, target, layers) if name in source and _alike(source[name], target[name])]
+    if all(name.endswith(COUNTER) for name in chosen):
+        raise InputError(_nothing_fits(model, network, layers))
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name in source and source[name].shape == tensor.shape:
-                tensor.copy_(source[name])
-            else:
-                left.append(name)
-    if len(left) == len(model.state_dict()):
-        raise InputError(f"a {type(network).__name__} has no tensor in common with this {type(model).__name__} to start from")
-    return left
+        for name in chosen:
+            target[name].copy_(source[name])
+    return [name for name in target if name not in chosen and not name.endswith(COUNTER)]
+
+
+def _chosen(model: nn.Module, state: Mapping[str, Tensor], layers: Sequence[str]) -> list[str]:
+    """The tensors of `state` whose name, or the name of whose layer, fits one of the patterns."""
+    there = {name: (name, name.rpartition(".")[0]) for name in state}
+    for pattern in layers:
+        if not any(fnmatchcase(name, pattern) for names in there.values() for name in names):
+            known = ", ".join(dict.fromkeys(layer for _, layer in there.values()))
+            raise InputError(
+                f"params.yaml: train.start_layers: no layer of this {type(model).__name__} fits {pattern!r}; there are {known}"
+            )
+    return [name for name, names in there.items() if any(fnmatchcase(n, pattern) for n in names for pattern in layers)]
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.is_floating_point() == second.is_floating_point()
+
+
+def _nothing_fits(model: nn.Module, network: nn.Module | Weights, layers: Sequence[str]) -> str:
+    needed, among = type(model).__name__, "" if list(layers) == ["*"] else f" among train.start_layers = {list(layers)}"
+    if isinstance(network, nn.Module):
+        return f"a {type(network).__name__} has no tensor in common with this {needed} to start from{among}"
+    has, wanted = _first_tensors(network.state_dict()), _first_tensors(model.state_dict())
+    return f"{network.path} has no tensor that fits this {needed} in name and shape{among}: it has {has}; the network has {wanted}"
+
+
+def _first_tensors(state: Mapping[str, Tensor], count: int = 4) -> str:
+    shown = [f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in state.items() if tensor.dim()]
+    return ", ".join(shown[:count]) + (", ..." if len(shown) > count else "")
 
 
 def _arguments(expansion: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def check() -> dict[str, Any]:
     attempt(lambda: methods.options("models", "model", lookup(params, "model"), by="name"))
     if parsed["train"]:
         attempt(lambda: methods.options("overparameterize", "train.overparameterize", parsed["train"].overparameterize))
+        attempt(lambda: methods.revival(parsed["train"]))
         attempt(lambda: _check_start(Path(parsed["train"].start)))
     blocks = {family: attempt(lambda family=family: _blocks(params, family)) for family in ("revive", "compress")}
     for family, found in blocks.items():

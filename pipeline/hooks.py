@@ -11,7 +11,9 @@ One stage trains in one or more rounds, each with a fresh optimiser and its lear
     finish                  once, after the last epoch: change the model
 """
 
+import copy
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,6 +59,12 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what a method cannot treat, and why
     best: dict[str, Tensor] | None = None  # the state dict with the best validation accuracy, where fit.select asks for it
     best_accuracy: float = -1.0
+    fresh: Callable[[int], nn.Module] | None = None  # where this is the network's first training: draws the n-th other one
+
+    def another(self, number: int) -> nn.Module:
+        """A further network to train beside `model`, on the CPU: with other initial weights for each `number` from 1 up where
+        this is the first training, a copy of the trained one where it is not."""
+        return self.fresh(number) if self.fresh else copy.deepcopy(self.model)
 
     @property
     def epochs(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.config import Section, parse
+from pipeline.config import Section, Train, parse
 from pipeline.errors import InputError
 
 
@@ -32,3 +32,10 @@ def options(family: str, key: str, value: Any, *, by: str = "method") -> Any:
         raise InputError(f"params.yaml: {key}.{by} = {name!r}: must be one of {', '.join(names(family))}")
     chosen: type[Section] = load(family, name).Options
     return parse(key, value, chosen)
+
+
+def revival(train: Train) -> Any:
+    """The options of `train.revive`: those of a block under `revive:`, but for `fit`, which is the training's own."""
+    if "fit" in train.revive:
+        raise InputError("params.yaml: train.revive.fit is not a parameter: here train.fit holds; remove it")
+    return options("revive", "train.revive", {**train.revive, "fit": train.fit.model_dump()})

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,10 @@ from torch.nn.utils import parametrize
 from pipeline.config import Fit, Steps
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
+from pipeline.filters import strength
 from pipeline.hooks import Hook, ParameterRule, Run, stable_seed
 from pipeline.layers import convolutions, expanded
+from pipeline.precision import autocast
 from pipeline.progress import Progress
 from pipeline.resume import Resume
 
@@ -68,14 +68,15 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
     """One pass over the training images and one over the validation images; a row of history."""
     torch.manual_seed(stable_seed(run.seed, run.stage, "epoch", run.epoch))
     run.model.train()
-    loss_sum, correct = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    loss_sum, all_sum, correct = torch.zeros((3,), device=run.device)
     for step, (images, labels) in enumerate(run.train.epoch(run.epoch)):
         _set_learning_rate(run, step)
-        loss, logits = _step(run, hooks, images, labels)
+        loss, everything, logits = _step(run, hooks, images, labels)
         loss_sum += loss
+        all_sum += everything
         correct += (logits.argmax(1) == labels).sum()
         if step % CHECK_EVERY == 0 or step + 1 == len(run.train):
-            _refuse_divergence(run, float(loss_sum))
+            _refuse_divergence(run, float(all_sum))
             progress.step(step, float(loss_sum) / (step + 1))
     run.round_epoch += 1
     run.epoch += 1
@@ -84,43 +85,29 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
     row = {"epoch": run.epoch, "round": run.round, "lr": run.lr, "train_loss": float(loss_sum) / len(run.train)}
     row |= {"train_accuracy": float(correct) / run.train.images}
     row |= {"validation_loss": score.loss, "validation_accuracy": score.accuracy, "images_per_s": images_per_s}
-    run.history.append(row)
+    run.history.append(row | strength(run.model))
     if run.fit.select == "best" and score.accuracy > run.best_accuracy:
         run.best_accuracy = score.accuracy
         run.best = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     progress.epoch(row)
 
 
-def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the optimiser; the cross-entropy before it, the same with the hooks' penalties, and the logits."""
     assert run.optimizer is not None
     # Cached: a computed weight is composed once a step, however often the layers and the penalties read it.
     with parametrize.cached():
         with autocast(run.device, run.fit.precision):
             logits = run.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.fit.label_smoothing)
-        for hook in hooks:
-            penalty = hook.penalty(run, images, labels, logits)
-            loss = loss if penalty is None else loss + penalty
+        penalties = [penalty for hook in hooks if (penalty := hook.penalty(run, images, labels, logits)) is not None]
         run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        everything = sum(penalties, loss)
+        everything.backward()
     run.optimizer.step()
     for hook in hooks:
         hook.after_step(run)
-    return loss.detach(), logits.detach()
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context of a forward pass: bf16 where asked, or, for "auto", where the hardware multiplies in bf16."""
-    if precision == "fp32" or (precision == "auto" and not has_bf16(device)):
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16 rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return loss.detach(), everything.detach(), logits.detach()
 
 
 def learning_rate(fit: Fit, progress: float, epochs: int) -> float:

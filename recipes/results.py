@@ -18,7 +18,7 @@ def report(table: Table, results: list[Result]) -> str:
     """One line for each row, length and data; the deviation is that of a sample (n - 1)."""
     groups: dict[tuple[Row, int, str], list[dict[str, Any]]] = {}
     for row, record in results:
-        groups.setdefault((row, record["metrics"]["epochs"], record["data"]), []).append(record)
+        groups.setdefault((row, _epochs(record), record["data"]), []).append(record)
     ruler = [("---:" if name in RIGHT else "---") for name in COLUMNS]
     lines = [_cells(table, row, records) for (row, _, _), records in groups.items()]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (COLUMNS, ruler, *lines))
@@ -26,20 +26,26 @@ def report(table: Table, results: list[Result]) -> str:
 
 def _cells(table: Table, row: Row, records: list[dict[str, Any]]) -> list[str]:
     scores = [100 * record["metrics"]["test_accuracy"] for record in records]
-    ours, (mean, std) = statistics.mean(scores), table.expected[row[0]][row[1]]
-    epochs, full = records[0]["metrics"]["epochs"], parameters(table, row)["train"]["fit"]["epochs"]
+    ours, published = statistics.mean(scores), table.expected[row[0]][row[1]]
+    mean, std = published or (None, None)
+    epochs, full = _epochs(records[0]), parameters(table, row)["train"]["fit"]["epochs"]
     speeds = [epoch["images_per_s"] for record in records for epoch in record["history"]]
     return [
         "/".join(row),
         str(epochs) if epochs == full else f"{epochs} of {full}",
         " ".join(str(record["seed"]) for record in records),
         f"{ours:.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""),
-        f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else ""),
-        f"{ours - mean:+.2f}",
+        "" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else ""),
+        "" if mean is None else f"{ours - mean:+.2f}",
         f"{statistics.median(speeds):,.0f}" if speeds else "",
         ", ".join(dict.fromkeys(_commit(record["commit"]) for record in records)),
         ", ".join(dict.fromkeys(_hardware(record) for record in records)),
     ]
+
+
+def _epochs(record: dict[str, Any]) -> int:
+    """Epochs of the training, or of each of its rounds."""
+    return record["parameters"]["train"]["fit"]["epochs"]
 
 
 def _commit(commit: str | None) -> str:
@@ -77,8 +83,7 @@ def _differs(params: dict[str, Any], record: dict[str, Any]) -> str:
     """What is not as in the row, but for the number of epochs; empty where nothing is."""
     train = {key: value for key, value in params["train"].items() if key != "start_from"}
     try:
-        epochs = record["parameters"]["train"]["fit"]["epochs"]
-        wanted = shorten({**params, "train": {**train, "start": ""}}, epochs)
+        wanted = shorten({**params, "train": {**train, "start": ""}}, _epochs(record))
         return "; ".join(differences(decisive(record["parameters"]), decisive(wanted)))
     except (InputError, KeyError, TypeError):
         return "parameters of another version"

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -84,21 +85,25 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 def start_name(job: Job) -> str | None:
     """The name of the folder with the networks that the job starts from: other weights, another name. None: not all are there."""
-    cards = [source.out / "model" / "model.json" for source in job.sources]
-    if not all((source.out / "record.json").exists() and card.exists() for source, card in zip(job.sources, cards, strict=True)):
+    networks = job.networks()
+    cards = [path if path.is_file() else path / "model.json" for path in networks]
+    if not all(card.exists() for card in cards) or not all((source.out / "record.json").exists() for source in job.sources):
         return None
-    weights = "".join(files.read_json(card)["weights_sha256"] for card in cards)
+    weights = "".join(
+        files.read_json(card)["weights_sha256"] if card.name == "model.json" else files.sha256(card) for card in cards
+    )
     return f"start-{hashlib.sha256(weights.encode()).hexdigest()[:12]}" if weights else "start"
 
 
 def start_folder(job: Job) -> Path:
-    """Links to the networks that the job starts from, made anew each time; empty where it starts afresh."""
+    """Links to what the job starts from, made anew each time; empty where it starts afresh."""
     for old in job.out.glob("start*"):
         shutil.rmtree(old)
     folder = job.out / (start_name(job) or "start")
     folder.mkdir()
-    for index, source in enumerate(job.sources):
-        (folder / f"{index:03}").symlink_to(os.path.relpath(source.out / "model", folder), target_is_directory=True)
+    for index, path in enumerate(job.networks()):
+        name = f"{index:03}{path.suffix if path.is_file() else ''}"
+        (folder / name).symlink_to(os.path.relpath(path, folder), target_is_directory=path.is_dir())
     return folder
 
 
@@ -125,8 +130,9 @@ def as_params(name: str, table: Table, rows: list[Row], asked: argparse.Namespac
     params = read_params()
     params |= {key: made.params[key] for key in SECTIONS} | {"seed": asked.seeds or params.get("seed")}
     lines = [f"# {'/'.join(rows[0])} of recipes/{name}.yaml; the blocks after `train` are those of params.yaml as it was"]
-    for index, source in enumerate(made.sources):
-        lines.append(f"# To start as the row does, copy {source.out / 'model'} to data/start/{index:03}")
+    if made.start is None:
+        for index, path in enumerate(made.networks()):
+            lines.append(f"# To start as the row does, copy {path} to data/start/{index:03}")
     return "\n".join([*lines, yaml.safe_dump(json.loads(json.dumps(params)), sort_keys=False, width=132)])
 
 
@@ -136,6 +142,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
         return int(text)
 
+    def share(text: str) -> float:
+        if not re.fullmatch(r"0?\.\d+|1(\.0*)?", text) or not float(text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no share above 0 and up to 1")
+        return float(text)
+
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m recipes.run", description=__doc__.splitlines()[0])
     parser.add_argument("table", metavar="TABLE", help="a file of recipes/, without .yaml")
@@ -144,10 +155,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=partial(number, least=1), help="another number than published, also for networks to start from"
     )
+    parser.add_argument("--share", type=share, help="a share of the published epochs of each training, instead")
     parser.add_argument("--data", help="where the raw data lies, instead of the table's data.root")
     parser.add_argument("--start-data", help="the same for the networks that transfer learning starts from")
     parser.add_argument("--params", action="store_true", help="print the one row as params.yaml and train nothing")
     asked = parser.parse_intermixed_args(arguments)
+    if asked.epochs and asked.share:
+        raise InputError("--epochs and --share both say how long to train: give one")
     if len(set(asked.seeds or [])) < len(asked.seeds or []):
         raise InputError(f"--seeds {' '.join(map(str, asked.seeds))}: each must be there once")
     for option, path in (("--data", asked.data), ("--start-data", asked.start_data)):

@@ -5,14 +5,16 @@
     data, augment, runtime, model, train      as in params.yaml, for every row
     methods    NAME: what the method adds to `train`
     networks   NAME: the same sections for this network, and `methods`, NAME: what it changes in one method's `train`
-    expected   NETWORK: METHOD: [mean, standard deviation] of the accuracy in %; null where the paper gives no deviation
+    expected   NETWORK: METHOD: [mean, standard deviation] of the accuracy in %; null where the paper gives no deviation, and null
+               in the place of both where it does not have the row: a control of ours, or another network
 
 A row is a pair under `expected`. Its parameters are merged in this order, the later one wins: the table's sections, the network's,
 the method's, the network's own of the method. Mappings are merged key by key, and everything else is replaced; so is a mapping
 whose `method` changes, because the options of one method say nothing to another.
 
-`train.start_from` names the networks that a row starts from: `table` and `method` (of the same network there), `count` of them out
-of `of` that are trained, with the seeds 0 to `of` - 1. The row's seed s takes s, s + 1, ..., beginning again at 0 after the last.
+`train.start` names a folder with public weights to start from, as in params.yaml. `train.start_from` names networks of our own:
+`table` and `method` (of the same network there), `count` of them out of `of` that are trained, with the seeds 0 to `of` - 1. The
+row's seed s takes s, s + 1, ..., beginning again at 0 after the last.
 """
 
 from collections.abc import Iterator
@@ -58,7 +60,7 @@ class Table(Settings):
 
     paper: str
     networks: dict[str, Settings]
-    expected: dict[str, dict[str, Cell]] = Field(min_length=1)
+    expected: dict[str, dict[str, Cell | None]] = Field(min_length=1)
 
 
 class StartFrom(Section):
@@ -135,12 +137,19 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def shorten(params: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """The row with another number of epochs, its steps of the learning rate moved in proportion."""
-    fit = params["train"]["fit"]
+    """The row with another number of epochs; what its schedule and its revive method count in epochs moves in proportion."""
+    fit, revive = params["train"]["fit"], params["train"]["revive"]
+
+    def share(value: Any) -> Any:
+        moved = value * epochs / fit["epochs"]
+        return moved if isinstance(value, float) or not value else max(1, round(moved))
+
     schedule = fit["schedule"]
     if isinstance(schedule, dict):
-        schedule = {**schedule, "every": max(1, round(schedule["every"] * epochs / fit["epochs"]))}
-    return merge(params, {"train": {"fit": {"epochs": epochs, "schedule": schedule}}})
+        schedule = {**schedule, "every": share(schedule["every"])}
+    counted = getattr(methods.load("revive", revive["method"]), "IN_EPOCHS", ())
+    revive = {key: share(value) if key in counted else value for key, value in revive.items()}
+    return merge(params, {"train": {"fit": {"epochs": epochs, "schedule": schedule}, "revive": revive}})
 
 
 def decisive(params: dict[str, Any]) -> dict[str, Any]:
@@ -148,8 +157,10 @@ def decisive(params: dict[str, Any]) -> dict[str, Any]:
     train = parse("train", lookup(params, "train"), Train)
     expansion = methods.options("overparameterize", "train.overparameterize", train.overparameterize).model_dump()
     network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
+    revive = methods.revival(train).model_dump(exclude={"fit"})
     augment = parse("augment", lookup(params, "augment"), Augment).model_dump()
-    return {"model": network, "train": {**train.model_dump(), "start": "", "overparameterize": expansion}, "augment": augment}
+    trained = {**train.model_dump(), "start": "", "overparameterize": expansion, "revive": revive}
+    return {"model": network, "train": trained, "augment": augment}
 
 
 def check(params: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ def main() -> None:
     params = read_params()
     data = load(PREPARED)
     network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
-    wanted = parse("train", lookup(params, "train"), Train).overparameterize
-    expansion = methods.options("overparameterize", "train.overparameterize", wanted).model_dump()
+    train = parse("train", lookup(params, "train"), Train)
+    expansion = methods.options("overparameterize", "train.overparameterize", train.overparameterize).model_dump()
     with torch.device("meta"):  # shapes alone: no memory, no random numbers
         model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
         try:
@@ -30,22 +30,17 @@ def main() -> None:
     variants = parse("variants", lookup(params, "variants"), Variants)
     plain = [name for name, layer in filtering_layers(model) if not expanded(layer)]
     notes: dict[str, list[str]] = {"train.overparameterize": [f"leaves plain: {', '.join(plain)}"] if plain else []}
-    _print("train.overparameterize", notes)
+    notes["train.revive"] = _ask("revive", "train.revive", methods.revival(train), model, data.shape)
     for family, names in (("revive", variants.revive), ("compress", variants.compress)):
-        for name in names:
-            key = f"{family}.{name}"
-            notes[key] = _ask(family, key, lookup(params, key), model, data.shape)
-            _print(key, notes)
+        for key in (f"{family}.{name}" for name in names):
+            notes[key] = _ask(family, key, methods.options(family, key, lookup(params, key)), model, data.shape)
+    for key, told in notes.items():
+        print("\n".join(f"{key}: {note}" for note in told or ["treats every layer it is meant for"]))
     write_json(folder("coverage") / "coverage.json", notes)
     write_json(folder("coverage") / "passed.json", {"passed": True})
 
 
-def _print(key: str, notes: dict[str, list[str]]) -> None:
-    print("\n".join(f"{key}: {note}" for note in notes[key] or ["treats every layer it is meant for"]))
-
-
-def _ask(family: str, key: str, block: Any, model: Any, shape: tuple[int, int, int]) -> list[str]:
-    options = methods.options(family, key, block)
+def _ask(family: str, key: str, options: Any, model: Any, shape: tuple[int, int, int]) -> list[str]:
     try:
         return methods.load(family, options.method).create(options).coverage(model, shape)
     except InputError as error:

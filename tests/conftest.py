@@ -52,7 +52,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Prep
             np.save(folder / f"{split}_images.npy", draw.integers(0, 256, (count, *shape[1:], shape[0]), dtype=np.uint8))
             np.save(folder / f"{split}_labels.npy", np.arange(count) % 10)
         names, half = tuple("0123456789"), (0.5,) * shape[0]
-        return Prepared(folder, "random", names, shape, half, half, "random", counts, storage="memory", root=None)
+        described = ("random", names, shape, half, half, "random", counts)
+        return Prepared(folder, *described, storage="memory", root=None, stored=shape, crop=None)
 
     return make
 

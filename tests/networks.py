@@ -19,12 +19,14 @@ from pipeline.surgery import Shape, drop, shrink
 CLASSES = 10
 # Arguments, pixels a side, and by how much the widths are divided before any test: published widths would take gigabytes.
 ZOO: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "alexnet": ("alexnet", {"variant": "torchvision", "dropout": 0.5}, 63, 16),
     "cifar_quick": ("cifar_quick", {}, 16, 1),
     "lenet5": ("lenet5", {"variant": "classic"}, 20, 1),
     "mininet": ("mininet", {"dropout": 0.5}, 63, 2),
     "resnet": ("resnet", {"depth": 8}, 8, 1),
-    "resnet18": ("resnet18", {"stem": "cifar"}, 8, 8),
-    "resnet18-imagenet": ("resnet18", {"stem": "imagenet"}, 33, 8),
+    "resnet18": ("resnet_imagenet", {"depth": 18, "stem": "cifar"}, 8, 8),
+    "resnet18-imagenet": ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}, 33, 8),
+    "resnet50": ("resnet_imagenet", {"depth": 50, "stem": "cifar"}, 8, 16),
     "vgg16": ("vgg16", {}, 32, 16),
     "vgg16_bn": ("vgg16_bn", {"dropout": 0.5}, 32, 16),
     "wide_resnet": ("wide_resnet", {"depth": 10, "width": 1, "dropout": 0.3}, 8, 1),

@@ -14,7 +14,7 @@ def options(name: str, root: Path | str, **changes: Any) -> Data:
     """A section `data` with usual values."""
     usual = {"download": False, "image_size": None, "storage": "auto", "validation": 0.2, "test": 0.25, "split_seed": 7}
     return Data.model_validate(
-        usual | {"per_class": None, "name": name, "root": str(root), "mean": "auto", "std": "auto"} | changes
+        usual | {"crop": None, "per_class": None, "name": name, "root": str(root), "mean": "auto", "std": "auto"} | changes
     )
 
 
@@ -55,3 +55,28 @@ def fashion(root: Path) -> dict[str, np.ndarray]:
         write_idx(raw / f"{prefix}-images-idx3-ubyte", written[prefix])
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
     return written
+
+
+WNIDS = ("n02124075", "n01443537", "n07875152")  # as published: not sorted
+
+
+def tiny_imagenet(root: Path, count: int = 6) -> Path:
+    """Tiny ImageNet's folders with three classes of `count` images of 64x64 pixels to train on, the first of each grey."""
+    draw, lines = np.random.default_rng(4), []
+    (root / "val/images").mkdir(parents=True)
+    (root / "test/images").mkdir(parents=True)
+    for name in WNIDS:
+        (root / "train" / name / "images").mkdir(parents=True)
+        for index in range(count):
+            path = root / "train" / name / "images" / f"{name}_{index}.JPEG"
+            Image.fromarray(draw.integers(0, 256, (64, 64, 3)[: 3 if index else 2], dtype=np.uint8)).save(path)
+        (root / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t10\t63\t58\n")
+    for index in range(6):
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / f"val/images/val_{index}.JPEG")
+        lines.append(f"val_{index}.JPEG\t{WNIDS[index % 3]}\t0\t32\t44\t62\n")
+    Image.new("RGB", (64, 64)).save(root / "test/images/test_0.JPEG")
+    (root / "val/val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("".join(f"{name}\n" for name in WNIDS))
+    words = {"n01443537": "goldfish, Carassius auratus", "n02124075": "Egyptian cat", "n00001740": "entity"}
+    (root / "words.txt").write_text("".join(f"{name}\t{names}\n" for name, names in words.items()))
+    return root

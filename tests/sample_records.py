@@ -44,14 +44,53 @@ def grid(seeds: tuple[int, ...] = (0, 1), revive: tuple[str, ...] = REVIVE, comp
         made.append(_trained("train", f"{seed}", 0.975 + 0.001 * seed, 1.0, model | {"train": own}, 250_000, seed=seed))
         for one in revive:
             options = {"revive": {"method": one, "alpha": 0.2, "fit": FIT}}
-            event = {"kind": "restart", "epoch": 2, "round": 1, "filters": 41, "layers": [{"name": "conv1", "filters": 9}]}
             revived = _trained(
                 "revive", f"{one}-{seed}", _accuracy(one, "none", seed), 1.0, options, 250_000, revive=one, seed=seed
             )
-            made.append(revived | {"events": [event] if one != "finetune" else []})
+            made.append(revived | {"events": edits(one)})
             for two in compress:
                 made += variant(one, two, seed)
     return made
+
+
+def edits(revive: str) -> list[dict[str, Any]]:
+    """What a revive method logs: a restart after epoch 2 of the six, reactivation after epochs 2 and 4, a control nothing."""
+    if revive == "restart":
+        sizes = (("conv1", 9, 0.004), ("conv2", 20, 0.9), ("conv3", 12, 1.1))
+        rows = [{"name": n, "filters": f, "mean_norm_before": norm, "mean_norm_after": 2.25} for n, f, norm in sizes]
+        facts = {"filters": sum(row["filters"] for row in rows), "validation_accuracy_after": 0.31, "layers": rows}
+        return [{"kind": "restart", "epoch": 2, "round": 1, **facts}]
+    made = []
+    for epoch, share in ((2, 3), (4, 1)) if revive == "reactivate" else ():
+        rows = [{"name": n, "filters": 2 * f, "kernels": 3 * f * share} for n, f in (("conv2", 3), ("conv3", 1))[:share]]
+        rows = [row | {"mean_norm_before": 0.02 / share, "mean_norm_after": 0.125} for row in rows]
+        facts = {"gamma": 0.1 * share, "kernels": sum(row["kernels"] for row in rows), "dead_filters": 2, "layers": rows}
+        made.append({"kind": "reactivation", "epoch": epoch, "round": 1, **facts})
+    return made
+
+
+def deep(events: int, layers: int) -> dict[str, Any]:
+    """A revive record with as many events as a long training of a deep network has: weight evolution after every epoch."""
+    names = [f"layer{1 + 3 * i // layers}.{i // 2}.conv{1 + i % 2}" for i in range(layers)]
+    history, logged = [], []
+    for epoch in range(1, events + 2):
+        history.append(_row(epoch, epoch / 30, 1e-6))
+        places = range(epoch % 3, layers, 3)
+        rows = [
+            {
+                "name": names[i],
+                "filters": 1 + (i + epoch) % 16,
+                "mean_norm_before": 0.02 * (1 + i),
+                "mean_norm_after": 0.03 * (1 + i),
+            }
+            for i in places
+        ]
+        facts = {"share": 0.3, "filters": sum(row["filters"] for row in rows), "norms": {"gamma": 3, "beta": 1}, "layers": rows}
+        logged.append({"kind": "weight_evolution", "epoch": epoch, "round": 1, **facts})
+    widths = {"inputs": 16, "outputs": 16, "full_inputs": 16, "full_outputs": 16}
+    sizes = [{"name": name, "type": "Conv2d", **widths} for name in names]
+    identity = {"revive": "evolve", "seed": 0}
+    return record("revive", "evolve-0", history=history, events=logged[:-1], layers=sizes, **identity)
 
 
 def variant(revive: str, compress: str, seed: int) -> list[dict[str, Any]]:
@@ -111,14 +150,39 @@ def _accuracy(revive: str, compress: str, seed: int) -> float:
 
 
 def _trained(stage: str, name: str, accuracy: float, kept: float, parameters: dict, count: int, **identity: Any) -> dict:
-    history = []
-    for epoch in range(1, 7):
-        loss = 1.6 * math.exp(-0.6 * epoch) + 0.05
-        row = {"epoch": epoch, "round": 1, "lr": 0.05 / epoch, "train_loss": loss, "train_accuracy": 1 - 0.4 * loss}
-        history.append(row | {"validation_loss": loss + 0.03, "validation_accuracy": 1 - 0.45 * loss, "images_per_s": 900.0})
+    history = [_row(epoch, 0.6 * epoch, _weakest(stage, name, epoch)) for epoch in range(1, 7)]
     metrics = {"test_accuracy": accuracy, "test_loss": 0.07, "validation_accuracy": accuracy - 0.003, "parameters": count}
     made = record(stage, name, parameters=parameters, metrics=metrics, history=history, layers=_layers(kept), **identity)
     return made | {"artifacts": ["model/model.safetensors", "model/model.json"]}
+
+
+def _row(epoch: int, progress: float, weakest: float) -> dict[str, float]:
+    """A row of history: the loss falls with `progress`, the weakest filter's norm is `weakest`."""
+    loss = 1.6 * math.exp(-progress) + 0.05
+    row = {"epoch": epoch, "round": 1, "lr": 0.05 / epoch, "train_loss": loss, "train_accuracy": 1 - 0.4 * loss}
+    row |= {"validation_loss": loss + 0.03, "validation_accuracy": 1 - 0.45 * loss, "images_per_s": 900.0}
+    median = 2 - loss / 2
+    norms = {
+        0: weakest,
+        5: max(1.5 * weakest, 0.05),
+        25: 0.6 * median,
+        50: median,
+        75: 1.35 * median,
+        95: 2 * median,
+        100: 3 * median,
+    }
+    dead = 0.005 * epoch if weakest < 0.01 else 0.0
+    return row | {f"filter_norm_p{p}": value for p, value in norms.items()} | {"dead_filters": dead}
+
+
+def _weakest(stage: str, name: str, epoch: int) -> float:
+    """It dies in training, and stays dead where nothing revives it: in the end it is exactly 0."""
+    after = {"restart": 2, "reactivate": 4}.get(name.split("-")[0], math.inf)  # the last event
+    if stage == "train":
+        return 0.4 * math.exp(-0.8 * epoch)
+    if stage == "revive":
+        return 0.0033 * math.exp(-0.5 * epoch) if epoch <= after else 0.25
+    return 0.0 if math.isinf(after) else 0.2
 
 
 def _layers(kept: float) -> list[dict[str, Any]]:

@@ -30,7 +30,16 @@ def parameters() -> dict[str, Any]:
     fit |= {"weight_decay": 1e-4, "schedule": "cosine", "label_smoothing": 0.0, "select": "last", "precision": "fp32"}
     data = {"name": "digits", "root": "raw", "download": False, "image_size": 16, "storage": "auto", "validation": 0.4}
     restart = {"reset": "uniform", "scope": "filter", "criterion": "per_example", "ranking_batches": 1, "ranking_dropout": False}
-    restart |= {"divisor": 3, "restarts": 1, "final_epochs": 0, "patience": None, "max_drop": 0.5, "target": None}
+    restart |= {
+        "divisor": 3,
+        "train_first": False,
+        "restarts": 1,
+        "stop_on_repeat": False,
+        "final_epochs": 0,
+        "patience": None,
+        "max_drop": 0.5,
+        "target": None,
+    }
     diet = {"groups": 2, "score": "sum", "select": "max", "protect": [], "distill": None}
     expansion = {
         "method": "kflo",
@@ -43,11 +52,19 @@ def parameters() -> dict[str, Any]:
     }
     return {
         "seed": [0],
-        "data": data | {"test": 0.4, "per_class": None, "split_seed": 0, "mean": "auto", "std": "auto"},
-        "augment": {"pad": 1, "pad_mode": "zero", "flip": False},
+        "data": data | {"crop": None, "test": 0.4, "per_class": None, "split_seed": 0, "mean": "auto", "std": "auto"},
+        "augment": {"pad": 1, "pad_mode": "zero", "flip": False, "scale": None},
         "runtime": {"device": "cpu", "threads": 1, "workers": 0},
         "model": {"name": "cifar_quick"},
-        "train": {"start": "data/start", "overparameterize": expansion, "bias_lr": 1.0, "ema": None, "fit": dict(fit)},
+        "train": {
+            "start": "data/start",
+            "start_layers": ["*"],
+            "overparameterize": expansion,
+            "revive": {"method": "finetune"},
+            "bias_lr": 1.0,
+            "ema": None,
+            "fit": dict(fit),
+        },
         "variants": {"revive": ["finetune"], "compress": ["none", "diet"]},
         "revive": {
             "finetune": {"method": "finetune", "fit": fit | {"epochs": 0}},

@@ -16,13 +16,13 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import InputError
 
 H, W = 10, 8
-CROP = Augment(pad=2, pad_mode="zero", flip=True)
+CROP = Augment(pad=2, pad_mode="zero", flip=True, scale=None)
 
 
 def options(root: Path, **changes: Any) -> Data:
     usual = {"download": False, "image_size": None, "storage": "auto", "validation": 0.2, "test": 0.25, "split_seed": 7}
     return Data.model_validate(
-        usual | {"per_class": None, "name": "folder", "root": str(root), "mean": "auto", "std": "auto"} | changes
+        usual | {"crop": None, "per_class": None, "name": "folder", "root": str(root), "mean": "auto", "std": "auto"} | changes
     )
 
 
@@ -103,7 +103,7 @@ def test_training_sees_each_image_once_with_its_label_and_drops_the_rest(prepare
 
 @pytest.mark.parametrize("mode", ["zero", "reflect"])
 def test_every_crop_is_a_window_of_the_padded_image_and_half_are_flipped(prepared: Prepared, mode: Any) -> None:
-    batches = Batches(prepared, "train", 60, "cpu", Augment(pad=3, pad_mode=mode, flip=True), True, 1)
+    batches = Batches(prepared, "train", 60, "cpu", Augment(pad=3, pad_mode=mode, flip=True, scale=None), True, 1)
     images, labels = stored(prepared, "train")
     padded = torch_pad(images.float(), (3, 3, 3, 3), "constant" if mode == "zero" else "reflect").to(torch.uint8)
     places = [(top, left, flip) for top in range(7) for left in range(7) for flip in (False, True)]
@@ -132,11 +132,11 @@ def test_every_crop_is_a_window_of_the_padded_image_and_half_are_flipped(prepare
 
 def test_without_flip_or_crop_only_the_other_happens(prepared: Prepared) -> None:
     images, _ = stored(prepared, "train")
-    flipped = Batches(prepared, "train", 60, "cpu", Augment(pad=0, pad_mode="zero", flip=True), False, 0)
+    flipped = Batches(prepared, "train", 60, "cpu", Augment(pad=0, pad_mode="zero", flip=True, scale=None), False, 0)
     found = raw_pixels(prepared, whole(flipped, 0)[0])
     straight, mirrored = ((found == other).flatten(1).all(1) for other in (images, images.flip(3)))
     assert (straight ^ mirrored).all() and straight.any() and mirrored.any()
-    cropped = Batches(prepared, "train", 60, "cpu", Augment(pad=1, pad_mode="zero", flip=False), False, 0)
+    cropped = Batches(prepared, "train", 60, "cpu", Augment(pad=1, pad_mode="zero", flip=False, scale=None), False, 0)
     found = raw_pixels(prepared, whole(cropped, 0)[0])
     padded = torch_pad(images, (1, 1, 1, 1))
     windows = [padded[:, :, top : top + H, left : left + W] for top in range(3) for left in range(3)]
@@ -219,7 +219,7 @@ def test_results_do_not_depend_on_the_number_of_threads(prepared: Prepared) -> N
 
 def test_a_reflection_wider_than_the_image_is_refused(prepared: Prepared) -> None:
     with pytest.raises(InputError, match=r"augment\.pad = 8 cannot reflect images of 10x8"):
-        Batches(prepared, "train", 16, "cpu", Augment(pad=8, pad_mode="reflect", flip=False), True, 0)
+        Batches(prepared, "train", 16, "cpu", Augment(pad=8, pad_mode="reflect", flip=False, scale=None), True, 0)
 
 
 @pytest.mark.gpu

@@ -44,7 +44,8 @@ def with_another_test_split(data: Prepared, folder: Path) -> Prepared:
 def stage(data: Prepared, hooks: list[Hook], out: Path, chosen: Fit) -> dict[str, Any]:
     """A stage on the expanded cifar_quick; what it wrote to record.json."""
     runtime = Runtime(device="cpu", threads=1, workers=0)
-    where = chain.Setting(data, Augment(pad=1, pad_mode="zero", flip=False), runtime, torch.device("cpu"), out / "resume")
+    augment = Augment(pad=1, pad_mode="zero", flip=False, scale=None)
+    where = chain.Setting(data, augment, runtime, torch.device("cpu"), out / "resume")
     torch.manual_seed(0)
     model = overparameterize(models.build("cifar_quick", input_shape=data.shape, classes=10), "kflo", **EXPANSION)
     card = checkpoint.new_card({"name": "cifar_quick", "arguments": {}}, data)

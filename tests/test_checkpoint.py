@@ -31,7 +31,8 @@ def data() -> Prepared:
     """Only described: checkpoints read no images."""
     counts = {"train": 1, "validation": 1, "test": 1}
     names, mean, std = tuple("abcdefghij"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    return Prepared(Path("nowhere"), "random", names, SHAPE, mean, std, "f00d", counts, storage="memory", root=None)
+    described = ("random", names, SHAPE, mean, std, "f00d", counts)
+    return Prepared(Path("nowhere"), *described, storage="memory", root=None, stored=SHAPE, crop=None)
 
 
 def card_of(model: nn.Module, data: Prepared) -> dict[str, Any]:

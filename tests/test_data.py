@@ -206,6 +206,22 @@ def test_the_fingerprint_follows_content_not_time_or_place(tmp_path: Path) -> No
         assert prepare(options("folder", root, **how, split_seed=8), tmp_path / "b")["fingerprint"] != first
 
 
+def test_a_crop_changes_what_is_seen_and_the_fingerprint_but_not_what_is_stored(tmp_path: Path) -> None:
+    npz, found = random_npz(tmp_path / "c.npz"), []
+    for crop in (None, {"resize": 32, "size": 32}, {"resize": 40, "size": 32}, {"resize": 256, "size": 224}):
+        card = prepare(options("cifar10", npz, crop=crop), tmp_path / "out")
+        side = crop["size"] if crop else 32
+        there = load(tmp_path / "out")
+        assert there.shape == (3, side, side) and there.stored == (3, 32, 32)
+        assert (there.crop.model_dump() if there.crop else None) == crop
+        found.append((card["fingerprint"], card["mean"], pixels_of(tmp_path / "out", "train")[0].tobytes()))
+    fingerprints, means, stored = zip(*found, strict=True)
+    assert len(set(fingerprints)) == 4 and means.count(means[0]) == 4 and len(set(stored)) == 1
+    small = prepare(options("cifar10", npz, crop={"resize": 256, "size": 224}, image_size=16), tmp_path / "out")
+    assert small["shape"] == [3, 224, 224] and small["stored"] == [3, 16, 16]
+    assert load(tmp_path / "out").fingerprint not in fingerprints
+
+
 def test_preparing_twice_writes_the_same_bytes(tmp_path: Path, digits: Path) -> None:
     prepare(options("digits", "elsewhere"), tmp_path / "again")
     names = sorted(path.name for path in digits.iterdir())

@@ -137,6 +137,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         r"bee/9\.png is 3x4 pixels.*image_size",
     ),
     "folder stream sizeless": (_flat(_nothing, storage="stream"), r"data\.image_size"),
+    "folder stream cropped, sizeless": (
+        _flat(_nothing, storage="stream", crop={"resize": 9, "size": 8}),
+        r"data\.storage: stream needs data\.image_size, the size at which files are decoded \(data\.crop is of that\)",
+    ),
     "npz too few of a class": (
         lambda r: ("cifar10", random_npz(r / "c.npz", train_labels=np.maximum(np.arange(60) % 11, 1) - 1), {"per_class": 5}),
         r"data\.per_class = 5: class deer has only 4 training images that are not held out",
@@ -205,6 +209,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "file cut": (_shorten, r"train_images\.npy is damaged \(it has"),
     "label unknown": (_relabel, r"test_labels\.npy is damaged"),
     "shape": (_transpose, r"test_images\.npy is damaged"),
+    "crop of another shape": (_edit("crop", {"resize": 9, "size": 8}), r"do not fit"),
+    "crop not possible": (_edit("crop", {"resize": 8, "size": 9}), r"data\.json is damaged .*size must be at most resize"),
+    "stored shape absent": (_edit("stored", None), r"data\.json is damaged"),
 }
 
 

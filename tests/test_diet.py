@@ -22,7 +22,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "cifar_quick": {},
     "mininet": {"dropout": 0.5},
     "resnet": {"depth": 8},
-    "resnet18": {"stem": "imagenet"},
+    "resnet_imagenet": {"depth": 18, "stem": "imagenet"},
 }
 
 
@@ -92,7 +92,7 @@ def parameters(model: nn.Module) -> int:
 def test_vgg16_and_resnet18_shrink_to_the_published_parameters() -> None:
     with torch.device("meta"):
         vgg = models.build("vgg16_bn", input_shape=(3, 224, 224), classes=10, dropout=0.5)
-        resnet = models.build("resnet18", input_shape=(3, 224, 224), classes=10, stem="imagenet")
+        resnet = models.build("resnet_imagenet", input_shape=(3, 224, 224), classes=10, depth=18, stem="imagenet")
     assert (parameters(vgg), parameters(resnet)) == (134_309_962, 11_181_642)
     assert parameters(diet(vgg, (3, 224, 224), score="first")[0]) == 33_593_386
     smaller, facts = diet(resnet, (3, 224, 224), score="first", protect=("conv1", "layer1.*"))
@@ -114,7 +114,7 @@ def narrowed(full: Tensor, small: Tensor, group: int) -> Tensor:
 
 @pytest.mark.parametrize("expanded", [False, True], ids=["plain", "kflo"])
 @pytest.mark.parametrize(
-    ("name", "groups"), [("cifar_quick", 2), ("cifar_quick", 4), ("mininet", 4), ("resnet", 2), ("resnet18", 2)]
+    ("name", "groups"), [("cifar_quick", 2), ("cifar_quick", 4), ("mininet", 4), ("resnet", 2), ("resnet_imagenet", 2)]
 )
 def test_every_tensor_is_the_slice_of_one_contiguous_group(name: str, groups: int, expanded: bool) -> None:
     full, exact = (

@@ -27,12 +27,21 @@ MERGED = 1e-5  # of the largest |output|: the same convolutions of the same kern
 REVIVE: dict[str, dict[str, Any]] = {
     "finetune": {},
     "reactivation": {
-        "alpha": 0.5, "beta": 0.5, "gamma": 0.5, "every": 1, "rounding": "floor", "max_ratio": None, "momentum": "keep",
+        "alpha": 0.5, "beta": 0.5, "gamma": 0.5, "every": 1, "selection": "norm",
+        "rounding": "floor", "max_ratio": None, "momentum": "keep",
     },
     "restart": {
         "reset": "uniform", "scope": "filter", "criterion": "per_example", "ranking_batches": 2, "ranking_dropout": False,
-        "divisor": 3, "restarts": 1, "final_epochs": 0, "patience": None, "max_drop": 0.5, "target": None,
-        "include_residual": True, "batchnorm": "reset",
+        "divisor": 3, "train_first": False, "restarts": 1, "stop_on_repeat": False, "final_epochs": 0, "patience": None,
+        "max_drop": 0.5, "target": None, "include_residual": True, "batchnorm": "reset",
+    },
+    "weight_evolution": {
+        "rule": "paper", "share": 0.9, "norm_share": 0.9, "local": 1.0, "force": 0, "period": 10, "divisors": [1.0],
+        "steepness": 1.0,
+    },
+    "grafting": {
+        "networks": 2, "strength": 0.4, "steepness": 500.0, "bins": 10, "learning_rates": "different", "data": "different",
+        "ship": "own",
     },
 }  # fmt: skip
 COMPRESS: dict[str, dict[str, Any]] = {
@@ -51,11 +60,11 @@ def hook(family: str, method: str) -> Hook:
     return methods.load(family, method).create(options)
 
 
-def run_of(model: nn.Module, method: Hook, data: Prepared) -> Run:
+def run_of(model: nn.Module, method: Hook, data: Prepared, fresh: Callable[[int], nn.Module] | None = None) -> Run:
     """A run of two epochs whose first has just ended, without its steps."""
     batches = [Batches(data, split, 16, "cpu", None, split == "train", 0) for split in ("train", "validation")]
     fit: Any = method.options.fit if hasattr(method, "options") else None  # type: ignore[attr-defined]
-    run = Run(model, fit, batches[0], batches[1], 0, torch.device("cpu"), rounds=[2], round=1, lr=0.1)
+    run = Run(model, fit, batches[0], batches[1], 0, torch.device("cpu"), rounds=[2], round=1, lr=0.1, fresh=fresh)
     run.notes += method.coverage(model, run.input_shape)
     method.prepare(run)
     return run
@@ -70,12 +79,17 @@ def compressed(model: nn.Module, method: str, data: Prepared) -> Run:
     return run
 
 
-def revived(model: nn.Module, method: str, data: Prepared) -> nn.Module:
+def revived(network: str, model: nn.Module, method: str, data: Prepared) -> nn.Module:
+    def another(number: int) -> nn.Module:
+        other = build(network, seed=number)
+        return other if is_expanded(model) else plain(other)
+
     chosen = hook("revive", method)
-    run = run_of(copy.deepcopy(model), chosen, data)
+    run = run_of(copy.deepcopy(model), chosen, data, another)
     assert chosen.begin_round(run)
     run.epoch = run.round_epoch = 1
     chosen.after_epoch(run)
+    chosen.finish(run)
     assert run.model.training is False or run.model.train(False) is run.model
     return run.model
 
@@ -142,7 +156,7 @@ def test_compressing_and_collapsing_commute_and_load_back(network: str, method: 
 def test_an_edit_of_an_expanded_network_is_the_edit_of_the_merged_one(network: str, method: str, pictures: Pictures) -> None:
     model = build(network)
     data, before, exact = pictures(shape_of(network)), effective(model), dict(model.state_dict())
-    one, other = revived(model, method, data), revived(plain(model), method, data)
+    one, other = revived(network, model, method, data), revived(network, plain(model), method, data)
     after, wanted = effective(one), effective(other)
     assert after.keys() == wanted.keys() == before.keys()
     changed = {key: wanted[key] != before[key] for key in before}

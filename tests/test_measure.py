@@ -82,7 +82,8 @@ def test_torchvision_networks_have_their_published_counts(name: str, published_p
         ("resnet", {"depth": 8}, (1, 8, 8), None),
         ("mininet", {"dropout": 0.5}, (3, 64, 64), None),
         ("vgg16_bn", {"dropout": 0.5}, (3, 32, 32), None),
-        ("resnet18", {"stem": "cifar"}, (3, 32, 32), None),
+        ("resnet_imagenet", {"depth": 50, "stem": "imagenet"}, (3, 64, 64), 334e6),
+        ("alexnet", {"variant": "four_convolutions", "dropout": 0.5}, (3, 64, 64), None),
     ],
 )
 def test_networks_of_the_zoo_agree_with_the_formula_and_know_every_operation(

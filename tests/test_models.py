@@ -1,4 +1,4 @@
-"""The zoo against published counts, torchvision's networks and hand-written formulas; its laws over every network."""
+"""The zoo against published counts and hand-written formulas; its laws over every network."""
 
 import operator
 from collections import Counter
@@ -14,23 +14,27 @@ from pipeline import methods, models
 from pipeline.errors import InputError
 from pipeline.models.resnet import Block
 
-# One or more ways to build each network; a network without an entry fails `test_every_network_is_tested`.
+# One or more ways to build each; a network without an entry fails `test_every_network_is_tested`.
 CASES: list[tuple[str, dict[str, Any]]] = [
+    ("alexnet", {"variant": "torchvision", "dropout": 0.5}),
+    ("alexnet", {"variant": "four_convolutions", "dropout": 0.5}),
     ("cifar_quick", {}),
     ("lenet5", {"variant": "classic"}),
     ("lenet5", {"variant": "padded"}),
     ("lenet5", {"variant": "caffe"}),
     ("mininet", {"dropout": 0.5}),
     ("resnet", {"depth": 8}),
-    ("resnet18", {"stem": "imagenet"}),
-    ("resnet18", {"stem": "cifar"}),
+    ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}),
+    ("resnet_imagenet", {"depth": 18, "stem": "cifar"}),
+    ("resnet_imagenet", {"depth": 50, "stem": "cifar"}),
     ("vgg16", {}),
     ("vgg16_bn", {"dropout": 0.5}),
     ("wide_resnet", {"depth": 10, "width": 2, "dropout": 0.3}),
     ("wide_resnet", {"depth": 16, "width": 1, "dropout": 0.0}),
 ]
 SMALLEST = {
-    "cifar_quick": 15, "lenet5": 16, "mininet": 63, "resnet": 1, "resnet18": 1, "vgg16": 32, "vgg16_bn": 32, "wide_resnet": 1,
+    **dict.fromkeys(("resnet", "resnet_imagenet", "wide_resnet"), 1), "cifar_quick": 15, "lenet5": 16,
+    **dict.fromkeys(("vgg16", "vgg16_bn"), 32), **dict.fromkeys(("alexnet", "mininet"), 63),
 }  # fmt: skip
 every_network = pytest.mark.parametrize(("name", "arguments"), CASES)
 
@@ -69,14 +73,21 @@ def test_every_network_is_tested() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "size", "classes", "count"),
     [
+        ("alexnet", {"variant": "torchvision", "dropout": 0.5}, 224, 10, 57_044_810),
+        ("alexnet", {"variant": "four_convolutions", "dropout": 0.5}, 224, 10, 56_454_730),
         ("cifar_quick", {}, 32, 10, 117_034),
         ("cifar_quick", {}, 32, 100, 122_884),
         ("mininet", {"dropout": 0.5}, 224, 10, 1_322_058),
         ("resnet", {"depth": 32}, 32, 10, 464_154),
         ("resnet", {"depth": 110}, 32, 10, 1_727_962),
-        ("resnet18", {"stem": "imagenet"}, 224, 10, 11_181_642),
-        ("resnet18", {"stem": "imagenet"}, 224, 200, 11_279_112),
-        ("resnet18", {"stem": "cifar"}, 64, 200, 11_271_432),
+        ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}, 224, 200, 11_279_112),
+        ("resnet_imagenet", {"depth": 18, "stem": "cifar"}, 64, 200, 11_271_432),
+        ("resnet_imagenet", {"depth": 34, "stem": "imagenet"}, 224, 1000, 21_797_672),
+        ("resnet_imagenet", {"depth": 50, "stem": "imagenet"}, 224, 200, 23_917_832),
+        ("resnet_imagenet", {"depth": 50, "stem": "cifar"}, 64, 200, 23_910_152),
+        ("resnet_imagenet", {"depth": 101, "stem": "imagenet"}, 224, 200, 42_909_960),
+        ("resnet_imagenet", {"depth": 101, "stem": "cifar"}, 64, 200, 42_902_280),
+        ("resnet_imagenet", {"depth": 152, "stem": "imagenet"}, 224, 1000, 60_192_808),
         ("vgg16", {}, 32, 10, 14_986_698),
         ("vgg16", {}, 32, 100, 15_032_868),
         ("vgg16_bn", {"dropout": 0.5}, 224, 10, 134_309_962),
@@ -97,11 +108,20 @@ def test_parameter_counts_are_the_published_ones(name: str, arguments: dict[str,
 @pytest.mark.parametrize(
     ("name", "arguments", "size", "classes", "mega"),
     [
+        ("alexnet", {"variant": "torchvision", "dropout": 0.5}, 224, 10, "710"),
+        ("alexnet", {"variant": "four_convolutions", "dropout": 0.5}, 224, 10, "610"),
         ("cifar_quick", {}, 32, 10, "10.8"),
         ("resnet", {"depth": 32}, 32, 10, "68.9"),
         ("resnet", {"depth": 110}, 32, 10, "252.9"),
-        ("resnet18", {"stem": "imagenet"}, 224, 10, "1814"),
-        ("resnet18", {"stem": "cifar"}, 64, 200, "2222"),
+        ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}, 224, 200, "1814"),
+        ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}, 64, 200, "148"),
+        ("resnet_imagenet", {"depth": 18, "stem": "cifar"}, 64, 200, "2222"),
+        ("resnet_imagenet", {"depth": 50, "stem": "imagenet"}, 224, 200, "4088"),
+        ("resnet_imagenet", {"depth": 50, "stem": "imagenet"}, 64, 200, "334"),
+        ("resnet_imagenet", {"depth": 50, "stem": "cifar"}, 64, 200, "5192"),
+        ("resnet_imagenet", {"depth": 101, "stem": "imagenet"}, 224, 200, "7800"),
+        ("resnet_imagenet", {"depth": 101, "stem": "imagenet"}, 64, 200, "637"),
+        ("resnet_imagenet", {"depth": 101, "stem": "cifar"}, 64, 200, "10040"),
         ("vgg16", {}, 32, 10, "313.5"),
         ("vgg16_bn", {"dropout": 0.5}, 224, 10, "15466"),
         ("wide_resnet", {"depth": 16, "width": 8, "dropout": 0.3}, 32, 10, "1548"),
@@ -116,27 +136,6 @@ def test_multiply_adds_are_the_published_ones(name: str, arguments: dict[str, An
         model(torch.empty(1, 3, size, size))
     digits = len(mega.partition(".")[2])
     assert f"{counter.get_total_flops() / 2e6:.{digits}f}" == mega  # counts convolutions and linear layers, a MAC as two
-
-
-@pytest.mark.parametrize(("name", "arguments"), [("resnet18", {"stem": "imagenet"}), ("vgg16_bn", {"dropout": 0.5})])
-def test_torchvision_weights_give_torchvision_outputs(name: str, arguments: dict[str, Any]) -> None:
-    import torchvision
-
-    with torch.device("meta"):
-        theirs = getattr(torchvision.models, name)(num_classes=7).eval()
-    theirs.to_empty(device="cpu")
-    torch.manual_seed(0)
-    for tensor in theirs.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.normal_(std=0.03)
-    randomise_batchnorm(theirs)
-    ours = on_meta(name, 64, classes=7, **arguments)
-    ours.load_state_dict(theirs.state_dict(), assign=True)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected, actual = theirs(x), ours(x)
-    assert (expected[0] - expected[1]).abs().min() > 1e-3  # the outputs depend on the image
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_resnet_block_is_the_published_equation() -> None:
@@ -161,7 +160,7 @@ def normalise(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
     return x * scale[:, None, None] + (bn.bias - bn.running_mean * scale)[:, None, None]
 
 
-@pytest.mark.parametrize("name", ["resnet", "resnet18", "vgg16_bn"])
+@pytest.mark.parametrize("name", ["resnet", "resnet_imagenet", "vgg16_bn"])
 def test_convolutions_start_as_he_et_al_draw_them(name: str) -> None:
     torch.manual_seed(0)
     model = models.build(name, input_shape=(3, 32, 32), classes=10, **dict(CASES)[name])
@@ -253,7 +252,7 @@ def test_options_are_the_arguments_of_build(name: str, arguments: dict[str, Any]
             models.build(name, input_shape=(3, 224, 224), classes=10, **rest)
 
 
-@pytest.mark.parametrize("name", ["alexnet", "", "../config", "__init__", "Resnet"])
+@pytest.mark.parametrize("name", ["resnet18", "", "../config", "__init__", "Resnet"])
 def test_unknown_network_is_refused_with_the_list(name: str) -> None:
     with pytest.raises(InputError) as error:
         models.build(name, input_shape=(3, 32, 32), classes=10)
@@ -274,10 +273,12 @@ def test_depth_without_three_equal_stages_is_refused(name: str, rest: dict[str, 
     [
         ("mininet", {"dropout": 1.0}, "dropout"),
         ("vgg16_bn", {"dropout": -0.1}, "dropout"),
-        ("resnet18", {"stem": "tiny"}, "stem"),
+        ("alexnet", {"variant": "torchvision", "dropout": 1.0}, "dropout"),
+        ("alexnet", {"variant": "grouped", "dropout": 0.5}, "variant"),
+        ("resnet_imagenet", {"depth": 18, "stem": "tiny"}, "stem"),
+        ("resnet_imagenet", {"depth": 20, "stem": "cifar"}, "depth"),
         ("resnet", {"depth": "32"}, "depth"),
-        ("wide_resnet", {"depth": 16, "width": 0, "dropout": 0.0}, "width"),
-        ("wide_resnet", {"depth": 16, "width": 1.5, "dropout": 0.0}, "width"),
+        *(("wide_resnet", {"depth": 16, "width": width, "dropout": 0.0}, "width") for width in (0, 1.5)),
         ("wide_resnet", {"depth": 16, "width": 1, "dropout": 1.0}, "dropout"),
         ("lenet5", {"variant": "relu"}, "variant"),
     ],
@@ -293,7 +294,7 @@ def test_impossible_shapes_are_refused(shape: Any, classes: int) -> None:
         models.build("resnet", input_shape=shape, classes=classes, depth=8)
 
 
-@pytest.mark.parametrize("name", ["mininet", "vgg16_bn"])
-def test_dropout_is_the_one_asked_for(name: str) -> None:
-    rates = [m.p for m in on_meta(name, 64, dropout=0.3).modules() if isinstance(m, nn.Dropout)]
-    assert rates == [0.3] * (1 if name == "mininet" else 2)
+@pytest.mark.parametrize(("name", "count"), [("alexnet", 2), ("mininet", 1), ("vgg16_bn", 2)])
+def test_dropout_is_the_one_asked_for(name: str, count: int) -> None:
+    arguments = {**dict(CASES)[name], "dropout": 0.3}
+    assert [m.p for m in on_meta(name, 64, **arguments).modules() if isinstance(m, nn.Dropout)] == [0.3] * count

@@ -143,7 +143,15 @@ def test_the_published_setting_fades_out_after_two_thirds_of_200_epochs(make_run
 def options(**changes: Any) -> Options:
     fit = {"epochs": 1, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
     fit |= {"schedule": "cosine", "label_smoothing": 0.0, "select": "last", "precision": "fp32"}
-    usual = {"method": "reactivation", "every": 2, "rounding": "floor", "max_ratio": None, "momentum": "keep", "fit": fit}
+    usual = {
+        "method": "reactivation",
+        "every": 2,
+        "rounding": "floor",
+        "max_ratio": None,
+        "momentum": "keep",
+        "selection": "norm",
+        "fit": fit,
+    }
     return Options.model_validate(usual | SHARES | changes)
 
 
@@ -166,6 +174,23 @@ def test_it_acts_after_every_so_many_epochs_but_never_after_the_last(
     run.fit = run.fit.model_copy(update={"epochs": epochs})
     train(run, [create(options(every=every))])
     assert [event["epoch"] for event in run.events if event["kind"] == "reactivation"] == passes
+
+
+@pytest.mark.parametrize("expanded", [False, True], ids=["plain", "kflo"])
+def test_the_random_control_touches_as_many_filters_and_kernels_of_every_layer(expanded: bool) -> None:
+    ranked, drawn = network(expanded), network(expanded)
+    before = kernels_of(drawn)
+    shares: dict[str, Any] = {"alpha": 1.0, "beta": 0.6, "gamma": 0.34}
+    first = reactivate(ranked, **shares)["layers"]
+    second = reactivate(drawn, **shares, random=torch.Generator().manual_seed(3))["layers"]
+    count = lambda rows: [(row["name"], row["filters"], row["kernels"]) for row in rows]  # noqa: E731
+    assert count(first) == count(second)
+    for name in TREATED:
+        old, new = before[name], dict(drawn.named_modules())[name].weight.detach()  # type: ignore[union-attr]
+        scaled = ((new - old).abs() > 1e-5).any(3).any(2)
+        assert not torch.equal(scaled, ((kernels_of(ranked)[name] - old).abs() > 1e-5).any(3).any(2))
+        best = old.abs().sum((2, 3)).amax(1, keepdim=True).expand(scaled.shape)
+        torch.testing.assert_close(new.abs().sum((2, 3))[scaled], best[scaled], rtol=1e-4, atol=1e-6)
 
 
 def test_a_second_pass_selects_by_the_weights_as_they_are_then() -> None:

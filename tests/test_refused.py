@@ -95,7 +95,7 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
         ("images cut", do.halve(DATA / "train_images.npy"), f"{DATA}/train_images.npy is damaged (it has 82624 bytes, not 165248)"),
         (
             "reflection",
-            do.put("augment", {"pad": 16, "pad_mode": "reflect", "flip": False}),
+            do.put("augment", {"pad": 16, "pad_mode": "reflect", "flip": False, "scale": None}),
             "augment.pad = 16 cannot reflect",
         ),
         ("divergence", do.put("train.fit.lr", 1e12), "train: the loss is nan in epoch 1 (round 1), last learning rate"),

@@ -173,7 +173,16 @@ def options(**changes: Any) -> Options:
     fit = {"epochs": 1, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
     fit |= {"schedule": "constant", "label_smoothing": 0.0, "select": "last", "precision": "fp32"} | changes.pop("fit", {})
     usual = {"method": "restart", "reset": "uniform", "scope": "filter", "criterion": "per_example", "ranking_batches": 2}
-    usual |= {"ranking_dropout": False, "divisor": 3, "restarts": 2, "final_epochs": 0, "patience": None, "max_drop": 1.0}
+    usual |= {
+        "ranking_dropout": False,
+        "divisor": 3,
+        "train_first": False,
+        "restarts": 2,
+        "stop_on_repeat": True,
+        "final_epochs": 0,
+        "patience": None,
+        "max_drop": 1.0,
+    }
     usual |= {"target": None, "include_residual": False, "batchnorm": "reset", "fit": fit}
     return Options.model_validate(usual | changes)
 

@@ -147,7 +147,7 @@ def test_a_channel_goes_only_when_no_reader_of_an_add_wants_it() -> None:
     ("name", "arguments", "protect", "count"),
     [
         ("vgg16_bn", {"dropout": 0.5}, (), 33_593_386),
-        ("resnet18", {"stem": "imagenet"}, ("conv1", "layer1.*"), 2_937_546),
+        ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}, ("conv1", "layer1.*"), 2_937_546),
     ],
 )
 def test_halved_networks_have_the_published_numbers_of_parameters(

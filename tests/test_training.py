@@ -77,7 +77,7 @@ def fit(**changes: Any) -> Fit:
 
 def run_on(data: Prepared, model: nn.Module, chosen: Fit | None = None, seed: int = 3) -> Run:
     chosen = chosen or fit()
-    augment = Augment(pad=1, pad_mode="zero", flip=False)
+    augment = Augment(pad=1, pad_mode="zero", flip=False, scale=None)
     batches = Batches(data, "train", chosen.batch_size, "cpu", augment, True, seed)
     return Run(model, chosen, batches, Batches(data, "validation", 256, "cpu", None, False, 0), seed, torch.device("cpu"), "test")
 
@@ -87,13 +87,18 @@ def method(family: str, name: str, **options: Any) -> Hook:
     return methods.load(family, name).create(methods.options(family, "block", block))
 
 
-REACTIVATION: dict[str, Any] = {"alpha": 0.6, "beta": 0.6, "gamma": 0.6, "every": 1, "rounding": "ceil", "max_ratio": None}
+REACTIVATION: dict[str, Any] = {"alpha": 0.6, "beta": 0.6, "gamma": 0.6, "every": 1, "rounding": "ceil"}
+REACTIVATION |= {"selection": "norm", "max_ratio": None}
 RESTART: dict[str, Any] = {
     "reset": "he", "scope": "filter", "criterion": "per_example", "ranking_batches": 2, "ranking_dropout": True,
-    "divisor": 3, "restarts": 2, "final_epochs": 1, "patience": None, "max_drop": 1.0, "target": None,
+    "divisor": 3, "train_first": False, "restarts": 2, "stop_on_repeat": True, "final_epochs": 1,
+    "patience": None, "max_drop": 1.0, "target": None,
     "include_residual": True, "batchnorm": "reset",
 }  # fmt: skip
 REPEATING, IMPATIENT = RESTART | {"divisor": 11}, RESTART | {"patience": 1}
+RANDOM = REACTIVATION | {"selection": "random"}
+EVOLUTION: dict[str, Any] = {"rule": "code", "share": 0.9, "norm_share": 0.9, "local": 0.9, "force": 2}
+EVOLUTION |= {"period": 2, "divisors": [1.0, 2.0], "steepness": 1.0}
 DIET: dict[str, Any] = {"groups": 2, "score": "random", "select": "max", "protect": []}
 SELECTIVE: dict[str, Any] = {"gamma": 0.4, "multiple": 1, "until": 0.8, "mean_batches": 2}
 TEACHER = Distill(loss="kl", weight=2.0, temperature=3.0)
@@ -109,6 +114,10 @@ CASES: dict[str, tuple[Callable[[], list[Hook]], dict[str, Any], bool]] = {
         {"optimizer": "adam", "lr": 0.01},
         True,
     ),
+    "random reactivation": (lambda: [method("revive", "reactivation", **RANDOM, momentum="keep")], {}, False),
+    "weight evolution": (lambda: [kflo.Hook(), method("revive", "weight_evolution", **EVOLUTION)], {}, True),
+    "restart after a round": (lambda: [method("revive", "restart", **RESTART | {"train_first": True})], {"epochs": 1}, False),
+    "random restart": (lambda: [method("revive", "restart", **RESTART | {"criterion": "random"})], {"epochs": 1}, False),
     "restart": (lambda: [kflo.Hook(), method("revive", "restart", **RESTART)], {"epochs": 2}, True),
     "impatient restart": (lambda: [method("revive", "restart", **IMPATIENT)], {"epochs": 4, "lr": 1e-6}, False),
     "repeating restart": (lambda: [Deaf(), method("revive", "restart", **REPEATING)], {"epochs": 2, "lr": 1e-6}, False),

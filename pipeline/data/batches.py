@@ -1,7 +1,8 @@
 """Prepared data as batches on the device: shuffled, cropped, flipped and normalised, the same in every run.
 
-B: images in a batch, C, H, W: channels, height, width; p: pixels of padding. An epoch's order, crops and flips depend
-on (seed, epoch number) alone, so a run that continues at epoch n sees what an undisturbed run sees.
+B: images in a batch, C: channels, H, W: height and width as stored, h, w: as the network sees them, the same two unless the
+images are resampled; p: pixels of padding. An epoch's order, crops, boxes and flips depend on (seed, epoch number) alone, so a
+run that continues at epoch n sees what an undisturbed run sees.
 """
 
 import hashlib
@@ -16,11 +17,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pipeline import files
-from pipeline.config import Augment
-from pipeline.data import stream
+from pipeline.config import Augment, Crop
+from pipeline.data import stream, views
 from pipeline.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation", "test")
 SplitName = Literal["train", "validation", "test"]
 
@@ -32,13 +33,15 @@ class Prepared:
     folder: Path
     name: str
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]  # C, H, W
+    shape: tuple[int, int, int]  # C, h, w: what networks see
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
     counts: dict[str, int]  # images in each split
     storage: Literal["memory", "stream"]
     root: Path | None  # of the image files, where storage is stream
+    stored: tuple[int, int, int]  # C, H, W
+    crop: Crop | None  # from what is stored to what networks see
 
 
 def load(folder: Path) -> Prepared:
@@ -51,7 +54,7 @@ def load(folder: Path) -> Prepared:
         prepared = TypeAdapter(Prepared).validate_python({"folder": folder, **known})
         sizes = {name: int(card["files"][name]) for split in SPLITS for name in _names(prepared, split)}
         fits = len(prepared.mean) == len(prepared.std) == prepared.shape[0] and set(prepared.counts) == set(SPLITS)
-        fits = fits and all(value > 0 for value in prepared.std)
+        fits = fits and all(value > 0 for value in prepared.std) and prepared.shape == seen(prepared.stored, prepared.crop)
     except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
         raise _damaged(folder / "data.json", " ".join(str(error).split())) from None
     if not fits:
@@ -67,13 +70,19 @@ def load(folder: Path) -> Prepared:
     return prepared
 
 
+def seen(stored: tuple[int, int, int], crop: Crop | None) -> tuple[int, int, int]:
+    """The shape of images after `crop`."""
+    return (stored[0], crop.size, crop.size) if crop else stored
+
+
 class Batches:
     """The images and labels of one split, in batches.
 
     With `shuffle` (training) images come in a new order each epoch and an incomplete last batch is dropped unless it is
-    the only one; without, all come in the order of the split. `augment` (None: no change) pads by p pixels, crops back
-    at a random place and flips half of the images, each image on its own. Pixels in memory live on the device as uint8;
-    streamed ones are decoded by `workers` processes (0: in this one). `images`: how many images an epoch yields.
+    the only one; without, all come in the order of the split. `augment` (None: no change) pads by p pixels and crops back
+    at a random place, or takes a random box instead of the prepared crop, and flips half of the images, each image on its
+    own. Pixels in memory live on the device as uint8 and as they are stored; streamed ones are decoded by `workers`
+    processes (0: in this one). `images`: how many images an epoch yields.
     """
 
     def __init__(
@@ -93,17 +102,22 @@ class Batches:
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.count = prepared.counts[split]
         self.images = len(self) * batch_size if shuffle and self.count >= batch_size else self.count
-        channels, height, width = prepared.shape
+        _, height, width = prepared.shape
         if augment and augment.pad_mode == "reflect" and augment.pad >= min(height, width):
             raise InputError(f"augment.pad = {augment.pad} cannot reflect images of {height}x{width} pixels: lower it")
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (prepared.mean, prepared.std))
         self._scale = (1 / (255 * std)).float().repeat(width).to(self.device)  # (W * C,)
         self._shift = (-mean / std).float().repeat(width).to(self.device)
         self._labels = torch.from_numpy(np.load(prepared.folder / f"{split}_labels.npy")).to(self.device)
+        self._boxes = augment.scale if augment else None
+        self._resampled = prepared.crop is not None or self._boxes is not None
+        if prepared.crop and self._boxes is None:
+            middle = views.of_middle(prepared.crop, prepared.stored[1:])
+            self._middle = [views.padded(weights, augment).to(self.device) for weights in middle]  # (h + 2p, H), (w + 2p, W)
         self._pixels: Tensor | None = None
         if prepared.storage == "memory":
-            pixels = torch.from_numpy(np.load(prepared.folder / f"{split}_images.npy"))
-            self._pixels = _padded(pixels.to(self.device), augment)
+            pixels = torch.from_numpy(np.load(prepared.folder / f"{split}_images.npy")).to(self.device)
+            self._pixels = pixels if self._resampled else _padded(pixels, augment)
         else:
             self._files = _listed(prepared, split)
 
@@ -113,32 +127,46 @@ class Batches:
         return whole + (rest > 0 and not (self.shuffle and whole > 0))
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Epoch `number`: float32 images (B, C, H, W), normalised, and int64 labels (B,), both on the device."""
+        """Epoch `number`: float32 images (B, C, h, w), normalised, and int64 labels (B,), both on the device."""
         draw = torch.Generator()
         draw.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{number}".encode()).digest()[:8], "big"))
         order = torch.randperm(self.count, generator=draw) if self.shuffle else torch.arange(self.count)
         order = order[: self.images]
         pad = self.augment.pad if self.augment else 0
-        corners = torch.randint(2 * pad + 1, (2, self.images), generator=draw)
+        places = torch.randint(2 * pad + 1, (2, self.images), generator=draw)  # corners, or boxes
         flips = torch.rand(self.images, generator=draw) < 0.5
+        if self._boxes is not None:
+            places = views.draw_boxes(self.images, self.prepared.stored[1:], self._boxes, draw)
         labels = self._labels[order.to(self.device)].split(self.batch_size)
-        corners, flips = corners.to(self.device).split(self.batch_size, 1), flips.to(self.device).split(self.batch_size)
-        for (pixels, picks), corner, flip, label in zip(self._pools(order), corners, flips, labels, strict=True):
-            yield self._view(pixels, picks, corner, flip), label
+        places, flips = places.to(self.device).split(self.batch_size, 1), flips.to(self.device).split(self.batch_size)
+        for (pixels, picks), place, flip, label in zip(self._pools(order), places, flips, labels, strict=True):
+            yield self._view(pixels, picks, place, flip), label
 
     def _pools(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each batch of `order` padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant."""
+        """For each batch of `order` padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant.
+
+        Images that are resampled come as (N, H, W, C): they are padded afterwards.
+        """
         if self._pixels is not None:
             for picks in order.to(self.device).split(self.batch_size):
                 yield self._pixels, picks
             return
         batches = [picks.tolist() for picks in order.split(self.batch_size)]
         for pixels in stream.read(self._files, batches, self.workers, pin=self.device.type == "cuda"):
-            pixels = _padded(pixels.to(self.device, non_blocking=True), self.augment)
+            pixels = pixels.to(self.device, non_blocking=True)
+            pixels = pixels if self._resampled else _padded(pixels, self.augment)
             yield pixels, torch.arange(len(pixels), device=self.device)
 
-    def _view(self, pixels: Tensor, picks: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
-        """Of uint8 `pixels` (N, H + 2p, W + 2p, C) the images `picks`, cropped at `corners`, flipped, normalised."""
+    def _view(self, pixels: Tensor, picks: Tensor, places: Tensor, flips: Tensor) -> Tensor:
+        """Of the pool `pixels` the images `picks` as the network sees them: cropped at `places`, flipped, normalised."""
+        channels, _, width = self.prepared.shape
+        rows = self._resample(pixels[picks], places, flips) if self._resampled else self._cut(pixels, picks, places, flips)
+        # whole rows of w * C numbers: a last dimension of C = 3 would be ten times slower on a CPU
+        images = rows.float().mul_(self._scale).add_(self._shift)
+        return images.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+
+    def _cut(self, pixels: Tensor, picks: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
+        """Of uint8 `pixels` (N, H + 2p, W + 2p, C) windows of the images `picks`: (B, H, W * C)."""
         channels, height, width = self.prepared.shape
         rows = pixels.flatten(2)  # (N, H + 2p, (W + 2p) * C)
         # (N, 2p + 1, 2p + 1, H, W * C): a view, no copy
@@ -147,9 +175,18 @@ class Batches:
         if self.augment and self.augment.flip:
             mirrored = images.unflatten(2, (width, channels)).flip(2).flatten(2)
             images = torch.where(flips[:, None, None], mirrored, images)
-        # whole rows of W * C numbers: a last dimension of C = 3 would be ten times slower on a CPU
-        images = images.float().mul_(self._scale).add_(self._shift)
-        return images.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+        return images
+
+    def _resample(self, pixels: Tensor, places: Tensor, flips: Tensor) -> Tensor:
+        """uint8 `pixels` (B, H, W, C), a box of each or a window of the prepared crop: (B, h, w * C)."""
+        if self._boxes is not None:
+            rows, columns = views.of_boxes(places, self.prepared.stored[1:], self.prepared.shape[1:])
+        else:
+            both = zip(self._middle, places, self.prepared.shape[1:], strict=True)
+            rows, columns = (views.windows(weights, starts, size) for weights, starts, size in both)
+        if self.augment and self.augment.flip:
+            columns = views.mirrored(columns, flips)
+        return views.resample(pixels, rows, columns)
 
 
 def _padded(pixels: Tensor, augment: Augment | None) -> Tensor:
@@ -174,7 +211,7 @@ def _names(prepared: Prepared, split: str) -> list[str]:
 
 def _check(prepared: Prepared, split: str) -> None:
     """The arrays of a split have the type and shape that data.json says, and labels name its classes."""
-    channels, height, width = prepared.shape
+    channels, height, width = prepared.stored
     count = prepared.counts[split]
     expected: dict[str, tuple[str, tuple[int, ...]]] = {f"{split}_labels.npy": ("int64", (count,))}
     if prepared.storage == "memory":
@@ -205,7 +242,7 @@ def _listed(prepared: Prepared, split: str) -> stream.Files:
         raise _damaged(path, repr(error)) from None
     if not whole:
         raise _damaged(path, f"it does not list {prepared.counts[split]} files")
-    return stream.Files(prepared.root, paths, lengths, prepared.shape[0], prepared.shape[1])
+    return stream.Files(prepared.root, paths, lengths, prepared.stored[0], prepared.stored[1])
 
 
 def _damaged(path: Path, why: str) -> InputError:

@@ -1,6 +1,6 @@
 """Raw data -> a folder of plain files that `batches.load` accepts, written whole or not at all.
 
-data.json                                 name, classes, shape, normalisation, counts, fingerprint, file sizes
+data.json                                 name, classes, shapes, crop, normalisation, counts, fingerprint, file sizes
 {train,validation,test}_labels.npy        int64 (N,)
 {train,validation,test}_images.npy        uint8 (N, H, W, C)                                   (storage: memory)
 {train,validation,test}_files.json        paths below `root` and lengths in bytes, (N,) each   (storage: stream)
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +21,8 @@ import numpy as np
 from pipeline import files
 from pipeline.config import Data
 from pipeline.data import sources, stream
-from pipeline.data.batches import FORMAT
-from pipeline.data.sources import Source, Split
+from pipeline.data.batches import FORMAT, seen
+from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
 LIMIT = 4 * 2**30  # bytes of pixels up to which storage "auto" keeps them in memory
@@ -113,12 +113,12 @@ def _divided(source: Source, options: Data) -> Source:
         kept = draw(whole.labels, source.classes, options.per_class, options.split_seed)
         splits["train"] = Split(whole.images[kept], whole.labels[kept])
     ordered = {name: splits[name] for name in ("train", "validation", "test")}
-    return Source(source.classes, ordered, source.licence, source.root, source.notes)
+    return replace(source, splits=ordered)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the pixels are kept: (H, W, C), the size to resize to (None: as they are), and where."""
+    """How the pixels are stored: (H, W, C), the size to resize to (None: as they are), and where."""
 
     shape: tuple[int, int, int]
     size: int | None
@@ -141,18 +141,20 @@ def _layout(source: Source, options: Data) -> _Layout:
         images = sum(len(split.labels) for split in source.splits.values())
         storage = "memory" if source.root is None or images * int(np.prod(shape)) <= LIMIT else "stream"
     if storage == "stream" and (source.root is None or size is None):
-        needed = "data.name: folder; use memory or auto" if source.root is None else "data.image_size; give one"
+        needed = "data.name: folder or tiny_imagenet; use memory or auto"
+        if source.root is not None:
+            needed = "data.image_size, the size at which files are decoded (data.crop is of that); give one"
         raise InputError(f"data.storage: stream needs {needed}")
     return _Layout(shape, size, storage)
 
 
 def _survey(source: Source, same_size: bool) -> tuple[int, int, int]:
-    """(H, W, C) of a folder's images, from their headers: C is 1 if all are greyscale; sizes agree if `same_size`."""
+    """(H, W, C) of image files, from their headers: C is the source's, or 1 if all are greyscale; sizes agree if `same_size`."""
     assert source.root is not None
     paths = [source.root / str(path) for split in source.splits.values() for path in split.images]
     with ThreadPoolExecutor() as pool:
         headers = [header for chunk in _mapped(pool, stream.header, paths) for header in chunk]
-    (height, width), channels = headers[0][1], max(channels for channels, _ in headers)
+    (height, width), channels = headers[0][1], source.channels or max(channels for channels, _ in headers)
     for path, (_, other) in zip(paths, headers, strict=True):
         if same_size and other != (height, width):
             raise InputError(
@@ -166,8 +168,10 @@ def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[st
     """Write every split and then data.json into `out`."""
     height, width, channels = layout.shape
     card: dict[str, Any] = {"format": FORMAT, "name": options.name, "classes": list(source.classes)}
-    card |= {"shape": [channels, height, width], "storage": layout.storage}
-    card["root"] = options.root if layout.storage == "stream" else None
+    stored = (channels, height, width)
+    card |= {"shape": list(seen(stored, options.crop)), "stored": list(stored), "storage": layout.storage}
+    card["crop"] = options.crop.model_dump() if options.crop else None
+    card["root"] = str(source.root) if layout.storage == "stream" else None
     card["counts"] = {name: len(split.labels) for name, split in source.splits.items()}
     digest = hashlib.sha256()
     tally = np.zeros((channels, 256), np.int64)
@@ -179,6 +183,7 @@ def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[st
         if name == "train":
             card |= _statistics(tally, options)
     known = ("name", "classes", "shape", "storage", "counts", "mean", "std")
+    known += ("stored", "crop") if options.crop else ()  # without a crop `shape` says it all
     digest.update(json.dumps([card[key] for key in known]).encode())
     card |= {"fingerprint": digest.hexdigest(), "licence": source.licence, "notes": source.notes}
     card["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}

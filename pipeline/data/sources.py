@@ -6,38 +6,20 @@ Nothing else here unpickles anything.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import Data
+from pipeline.data import tiny_imagenet
+from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}  # folder -> split
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KRIZHEVSKY = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; no licence stated"
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images uint8 (N, H, W, C), or (N,) paths of image files below the source's root, and their labels int64 (N,)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a loader found: always a `train` split, `validation` and `test` where the data has its own."""
-
-    classes: tuple[str, ...]
-    splits: dict[str, Split]
-    licence: str
-    root: Path | None = None  # of image files
-    notes: list[str] = field(default_factory=list)
 
 
 def load(options: Data) -> Source:
@@ -202,5 +184,6 @@ SOURCES: dict[str, Callable[[Data], Source]] = {
     "fashion_mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
+    "tiny_imagenet": tiny_imagenet.load,
     "folder": _folder,
 }

@@ -4,17 +4,16 @@ Everything that comes from records passes `escape`; style, script and charts are
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
-from urllib.parse import quote
 
 from pipeline.lineage import Chain, flat_parameters
-from pipeline.report import chart, story
+from pipeline.report import chart, section
 from pipeline.report.rows import ACCURACY, Report, Row, pareto, picks
-from pipeline.report.table import EXPLANATION, MISSING, Column, cell, columns, describe_setting, missing_notes, write_figure
+from pipeline.report.table import EXPLANATION, MISSING, Column, cell, columns, describe_setting, missing_notes
 
 LOAD = """\
 import json
@@ -41,7 +40,7 @@ def render(report: Report) -> str:
         legend=_legend(report),
         table=_tables(report),
         explanation=escape(EXPLANATION.replace("marked *,", "")),
-        missing=_list(missing_notes(report), "missing"),
+        missing=section.bullets(missing_notes(report), "missing"),
         variants="\n".join(_variant(report, row, chain) for row, chain in zip(report.rows, report.chains, strict=True)),
         conditions=_conditions(report),
         load=escape(LOAD),
@@ -192,42 +191,9 @@ def _cell(report: Report, row: Row, column: Column) -> str:
 
 
 def _variant(report: Report, row: Row, chain: Chain) -> str:
-    """What each stage changed, what happened in it, its proofs, charts and parameters."""
-    drawn = [svg for svg in (story.curves(chain, "accuracy"), story.curves(chain, "loss")) if svg]
-    layers = story.channels(chain)
-    parts = [_stages(report, row, chain)]
-    parts += [f"<h4>{escape(stage)}</h4>{_list(told)}" for stage, r in chain.records.items() if (told := story.happenings(r))]
-    if drawn:
-        key = "Solid: validation; dashed: training. Triangles: a method changed the network."
-        parts.append(f"<h4>training</h4><div class=pair>{''.join(f'<figure>{svg}</figure>' for svg in drawn)}</div><p>{key}</p>")
-    parts.append(f"<h4>channels, kept of full</h4><figure class=bars>{layers}</figure>" if layers else "")
-    flat = "\n".join(f"{key}: {value}" for key, value in flat_parameters(chain.records).items())
-    parts.append(f"<details><summary>parameters</summary><pre>{escape(flat)}</pre></details>")
-    if "export" in chain.records:
-        path = f"export/{chain.name}/model.onnx"
-        parts.append(f'<p>Model: <a href="../{escape(quote(path))}"><code>outputs/{escape(path)}</code></a></p>')
     head = f"<b>{escape(row.name)}</b> <span>{escape(_brief(report, row) or MISSING)}</span>"
-    return f'<details class=variant id="{_anchor(report, row)}"><summary>{head}</summary>{"".join(parts)}</details>'
-
-
-def _stages(report: Report, row: Row, chain: Chain) -> str:
-    lines = []
-    for stage, record in chain.records.items():
-        metrics, kept = record["metrics"], story.total_channels(record)
-        proof = ""
-        if "max_abs_difference" in metrics:
-            agree = _figure(metrics, "top1_agreement", "percent")
-            proof = f"largest difference {metrics['max_abs_difference']:.1e}, same class {agree}"
-        cells = [story.method(record), _figure(metrics, "test_accuracy", "percent"), _figure(metrics, "parameters", "count")]
-        cells += [f"{kept[0]} of {kept[1]}" if kept else "", proof, f"{record['seconds']:.1f} s"]
-        lines.append(f"<tr><th scope=row>{escape(stage)}</th>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>")
-    titles = ("stage", "method", "test accuracy", "parameters", "channels", "certificate", "time")
-    head = "".join(f"<th scope=col>{title}</th>" for title in titles)
-    return f"<div class=wide><table class=stages><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-
-
-def _figure(metrics: dict[str, float], key: str, form: str) -> str:
-    return write_figure(metrics[key], form) if key in metrics else ""
+    inside = section.render(chain)
+    return f'<details class=variant id="{_anchor(report, row)}"><summary>{head}</summary>{inside}</details>'
 
 
 def _conditions(report: Report) -> str:
@@ -263,8 +229,3 @@ def _anchor(report: Report, row: Row) -> str:
     """The id of a variant's section; a mean leads to its first seed's."""
     same = [i for i, other in enumerate(report.rows) if (other.revive, other.compress) == (row.revive, row.compress)]
     return f"variant{next(i for i in same if row.seed in (None, report.rows[i].seed))}"
-
-
-def _list(lines: Iterable[str], kind: str = "told") -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul class={kind}>{items}</ul>" if items else ""

@@ -1,14 +1,15 @@
 """The report's plots as SVG and PNG files, for papers and READMEs. Equal records give equal bytes."""
 
 import io
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import files
 from pipeline.lineage import TRAINING, Chain
+from pipeline.report import strength
+from pipeline.report.chart import MOST_LINES
 from pipeline.report.rows import ACCURACY, Report, Row, pareto
-from pipeline.report.story import SILENT
+from pipeline.report.story import SILENT, strengths, trainings
 from pipeline.report.table import columns
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0b63a5", "#b3500a", "#0f766e", "#8a3a8f", "#7a6200", "#b0243f", "#4b5563", "#3f6212")
+DYING = "#b0243f"
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SETTINGS: Any = {
     "svg.hashsalt": "winnow",
@@ -27,7 +29,7 @@ SETTINGS: Any = {
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write tradeoff-COST, and for each seed curves-SEED and channels-SEED, as .svg and .png into `folder`."""
+    """Write tradeoff-COST, and for each seed curves-SEED, filters-SEED and channels-SEED, as .svg and .png into `folder`."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):
@@ -36,6 +38,8 @@ def write(report: Report, folder: Path) -> None:
         for seed in dict.fromkeys(chain.seed for chain in report.chains):
             of_seed = [chain for chain in report.chains if chain.seed == seed]
             _save(curves(of_seed), folder / f"curves-{seed}")
+            if drawn := filters(of_seed):
+                _save(drawn, folder / f"filters-{seed}")
             _save(channels(of_seed), folder / f"channels-{seed}")
 
 
@@ -71,21 +75,78 @@ def curves(chains: list[Chain]) -> "Figure":
     """A panel a variant: validation accuracy and training loss by epoch through its trainings; events as dotted lines."""
     figure, panels = _grid(chains)
     for chain, axes in zip(chains, panels, strict=True):
-        trained = [(stage, chain.records[stage]) for stage in TRAINING if chain.records.get(stage, {}).get("history")]
-        starts = [0, *accumulate(len(record["history"]) for _, record in trained)]
         losses = axes.twinx()
-        for index, (stage, record) in enumerate(trained):
-            _curve(axes, "validation_accuracy", 100, record, starts[index], label=stage, color=COLORS[index])
-            _curve(losses, "train_loss", 1, record, starts[index], color=COLORS[index], linestyle=":")
-            for event in record["events"]:
-                if "epoch" in event and event["kind"] not in SILENT:
-                    axes.axvline(starts[index] + event["epoch"], color="0.6", linestyle=":", linewidth=0.8)
+        for index, (start, stage, record) in enumerate(trainings(chain)):
+            _curve(axes, "validation_accuracy", 100, record, start, label=stage, color=COLORS[index])
+            _curve(losses, "train_loss", 1, record, start, color=COLORS[index], linestyle=":")
+        _events(axes, chain)
         losses.spines["right"].set_visible(True)
         axes.set(title=_plain(chain.name), xlabel="epoch", ylabel="validation accuracy, %")
         losses.set_ylabel("training loss (dotted)")
-        if trained:
+        if trainings(chain):
             axes.legend(fontsize=7, loc="center right")
     return figure
+
+
+def filters(chains: list[Chain]) -> "Figure | None":
+    """A panel a variant: the fan of its filter norms, weakest to strongest, and below it the share of dead filters; None where no
+    record holds them."""
+    known = {chain.name: strengths(chain) for chain in chains}
+    if not any(known.values()):
+        return None
+    figure, panels = _grid(chains, strip=True)
+    for chain, (axes, strip) in zip(chains, zip(panels[::2], panels[1::2], strict=True), strict=True):
+        axes.set_title(_plain(chain.name))
+        if not known[chain.name]:
+            axes.set_axis_off()
+            strip.set_axis_off()
+            axes.text(0.5, 0.5, "no filter norms recorded", transform=axes.transAxes, ha="center", color="0.4")
+            continue
+        _fan(axes, strip, known[chain.name])
+        _events(axes, chain)
+    lines = {str(line.get_label()): line for axes in panels[::2] for line in axes.get_lines()}
+    named = [stage for stage in TRAINING if stage in lines]
+    figure.legend([lines[stage] for stage in named], named, loc="outside upper left", ncols=len(named), fontsize=8, frameon=False)
+    return figure
+
+
+def _fan(axes: "Axes", strip: "Axes", parts: list[strength.Stretch]) -> None:
+    for part in parts:
+        color = COLORS[part.color % len(COLORS)]
+        norms = {p: [max(value, strength.FLOOR) for value in values] for p, values in part.norms.items()}
+        for low, high, opacity in strength.BANDS:
+            axes.fill_between(part.epochs, norms[low], norms[high], color=color, alpha=opacity, linewidth=0)
+        marker = "." if len(part.epochs) == 1 else None
+        axes.plot(part.epochs, norms[50], color=color, linewidth=1.2, marker=marker, label=part.stage)
+        strip.fill_between(part.epochs, [100 * share for share in part.dead], color=DYING, alpha=0.25, linewidth=0)
+        strip.plot(part.epochs, [100 * share for share in part.dead], color=DYING, linewidth=1.2, marker=marker)
+    axes.axhline(strength.DEAD, color=DYING, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"dead below {strength.DEAD:g}", (0, strength.DEAD), (3, 3), ("axes fraction", "data"), "offset points", fontsize=7
+    )
+    edge = f" (≥ {strength.FLOOR:g})" if strength.clipped(parts) else ""
+    axes.set(yscale="log", ylim=strength.bounds(parts), ylabel=f"filter norm{edge}")
+    axes.minorticks_off()
+    axes.tick_params(labelbottom=False)
+    for panel in (axes, strip):
+        panel.locator_params(axis="x", integer=True)
+    strip.set(ylim=(0, strength.ceiling(parts)), xlabel="epoch", ylabel="dead, %", xlim=axes.get_xlim())
+
+
+def _events(axes: "Axes", chain: Chain) -> None:
+    """Dotted lines at events; where they are many, marks above them alone."""
+    epochs = [
+        start + event["epoch"]
+        for start, _, record in trainings(chain)
+        for event in record["events"]
+        if "epoch" in event and event["kind"] not in SILENT
+    ]
+    if len(epochs) > MOST_LINES:
+        style: dict[str, Any] = {"marker": "|", "color": "0.4", "linestyle": "", "markersize": 5, "clip_on": False}
+        axes.plot(epochs, [1.0] * len(epochs), transform=axes.get_xaxis_transform(), **style)
+        return
+    for epoch in epochs:
+        axes.axvline(epoch, color="0.6", linestyle=":", linewidth=0.8)
 
 
 def channels(chains: list[Chain]) -> "Figure":
@@ -107,14 +168,18 @@ def _curve(axes: "Axes", key: str, factor: float, record: dict[str, Any], start:
     axes.plot([start + row["epoch"] for row in rows], [factor * row[key] for row in rows], linewidth=1.2, **style)
 
 
-def _grid(chains: list[Chain]) -> tuple["Figure", list["Axes"]]:
-    """A figure with a panel a chain, those of one revive block in one row."""
+def _grid(chains: list[Chain], *, strip: bool = False) -> tuple["Figure", list["Axes"]]:
+    """A figure with a panel a chain, those of one revive block in one row; with `strip` a panel and a narrow one below it."""
     from matplotlib.figure import Figure
 
     across = max(1, len({chain.compress for chain in chains}))
     down = -(-len(chains) // across)
-    figure = Figure(figsize=(4 * across, 2.8 * down), layout="constrained")
-    return figure, list(figure.subplots(down, across, squeeze=False).flat)[: len(chains)]
+    figure = Figure(figsize=(4 * across, (3.4 if strip else 2.8) * down), layout="constrained")
+    if not strip:
+        return figure, list(figure.subplots(down, across, squeeze=False).flat)[: len(chains)]
+    rows = figure.subplots(2 * down, across, squeeze=False, height_ratios=[3, 1] * down)
+    pairs = [axes for row in range(down) for pair in zip(rows[2 * row], rows[2 * row + 1], strict=True) for axes in pair]
+    return figure, pairs[: 2 * len(chains)]
 
 
 def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
@@ -125,6 +190,8 @@ def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
 
 
 def _save(figure: "Figure", stem: Path) -> None:
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once for both files: it takes as long as drawing
     for form, facts in (("svg", {"Date": None}), ("png", {"Software": None})):
         content = io.BytesIO()
         figure.savefig(content, format=form, dpi=110, metadata=facts)

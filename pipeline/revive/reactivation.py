@@ -24,6 +24,7 @@ from pipeline.config import Block
 from pipeline.errors import InputError
 from pipeline.layers import convolutions, edit, filtering_layers
 
+IN_EPOCHS = ("every",)  # options that count epochs of the training
 EPSILON = 1e-12  # a norm below it has no direction to keep
 
 ROUNDING = {"floor": math.floor, "round": round, "ceil": math.ceil}
@@ -37,6 +38,7 @@ class Options(Block):
     beta: float = Field(ge=0, le=1)
     gamma: float = Field(ge=0, le=1)  # at the first learning rate
     every: int = Field(ge=1)  # epochs between two passes
+    selection: Literal["norm", "random"]  # random: the control, as many kernels of each layer, drawn
     rounding: Literal["floor", "round", "ceil"]
     max_ratio: float | None = Field(gt=1)  # a kernel is scaled by at most this; null: no limit
     momentum: Literal["keep", "zero", "scale"]  # what happens to the optimiser's averages of the edited kernels
@@ -62,39 +64,82 @@ def reactivate(
     max_ratio: float | None = None,
     momentum: str = "keep",
     optimizer: torch.optim.Optimizer | None = None,
+    random: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """One pass over `model`, in place. Returns what was done: kernels and filters touched in each layer, and dead filters."""
+    """One pass over `model`, in place. Returns what was done: kernels and filters touched in each layer, and dead filters.
+
+    With `random`, a generator on the CPU, it is the control: in every layer as many filters, and in each of them as many kernels,
+    but drawn instead of ranked.
+    """
     layers = eligible(model)
     count = lambda share, total: min(ROUNDING[rounding](round(share * total, 9)), total)  # noqa: E731
-    kernels = {name: layer.weight.detach().float().abs().sum((2, 3)) for name, layer in layers.items()}  # (O, I)
-    means = [kernels[name].sum(1) / layer.weight[0].numel() for name, layer in layers.items()]
+    norms = {name: layer.weight.detach().float().abs().sum((2, 3)) for name, layer in layers.items()}  # (O, I)
+    means = [norms[name].sum(1) / layer.weight[0].numel() for name, layer in layers.items()]
     weakest = _smallest(torch.cat(means), count(alpha, sum(map(len, means)))).split([len(mean) for mean in means])
-    touched, dead = [], 0
-    for (name, layer), in_network in zip(layers.items(), weakest, strict=True):
-        norms = kernels[name]
-        filters = in_network & _smallest(norms.sum(1), count(beta, len(norms)))
-        invalid = filters[:, None] & _smallest(norms, count(gamma, norms.shape[1]))
-        best = norms.amax(1, keepdim=True)
-        dead += int((best < EPSILON).sum())
-        invalid &= (best >= EPSILON) & (norms >= EPSILON) & (best / norms).isfinite()
-        ratio = torch.where(invalid, (best / norms).clamp(max=max_ratio or math.inf), 1.0)
-        if not invalid.any():
-            continue
-        scale = ratio[..., None, None].to(layer.weight.dtype)
-        edit(layer, "weight", lambda weight, scale=scale: weight * scale)
-        if optimizer is not None and momentum != "keep":
-            factor = scale if momentum == "scale" else (~invalid)[..., None, None].to(scale.dtype)
-            edit(layer, "weight", lambda moment, factor=factor: moment * factor, optimizer)
-        before, after = float(norms[invalid].mean()), float((norms * ratio)[invalid].mean())
-        touched.append({"name": name, "filters": int(invalid.any(1).sum()), "kernels": int(invalid.sum())})
-        touched[-1] |= {"mean_norm_before": before, "mean_norm_after": after}
-    return {"kernels": sum(row["kernels"] for row in touched), "dead_filters": dead, "layers": touched}
+    in_network = dict(zip(layers, weakest, strict=True))
+    touched, dead = {}, 0
+    for names in _alike(layers):  # L layers of one shape at once: few large operations instead of many small ones
+        kernels = torch.stack([norms[name] for name in names])  # (L, O, I)
+        filters = torch.stack([in_network[name] for name in names])
+        filters &= _smallest(kernels.sum(2), count(beta, kernels.shape[1]))
+        order = kernels
+        if random is not None:
+            filters = _smallest(torch.rand(filters.shape, generator=random).to(kernels), filters.sum(1, keepdim=True))
+            order = torch.rand(kernels.shape, generator=random).to(kernels)
+        invalid = filters[..., None] & _smallest(order, count(gamma, kernels.shape[2]))
+        ratio, lifeless = _ratios(kernels, invalid, max_ratio or math.inf)
+        dead += lifeless
+        for name, row in _summary(names, kernels, ratio).items():
+            touched[name] = row
+            _scale(layers[name], ratio[names.index(name)], momentum, optimizer)
+    rows = [touched[name] for name in layers if name in touched]
+    return {"kernels": sum(row["kernels"] for row in rows), "dead_filters": dead, "layers": rows}
 
 
-def _smallest(values: Tensor, count: int) -> Tensor:
+def _alike(layers: dict[str, nn.Conv2d]) -> list[list[str]]:
+    """The names of the layers, those of one shape together."""
+    groups: dict[torch.Size, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(layer.weight.shape, []).append(name)
+    return list(groups.values())
+
+
+def _smallest(values: Tensor, count: int | Tensor) -> Tensor:
     """A mask of the `count` smallest values along the last axis; ties go to the lower index."""
     order = values.argsort(dim=-1, stable=True)
-    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order[..., :count], True)
+    places = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, places) < count
+
+
+def _ratios(kernels: Tensor, invalid: Tensor, limit: float) -> tuple[Tensor, int]:
+    """By what each kernel is scaled, NaN where it is not: (L, O, I); and the number of filters without a live kernel."""
+    best = kernels.amax(2, keepdim=True)
+    possible = (best >= EPSILON) & (kernels >= EPSILON) & (best / kernels).isfinite()
+    ratio = torch.where(invalid & possible, (best / kernels).clamp(max=limit), torch.nan)
+    return ratio, int((best < EPSILON).sum())
+
+
+def _summary(names: list[str], kernels: Tensor, ratio: Tensor) -> dict[str, dict[str, Any]]:
+    """For each layer that is touched how many filters and kernels are, and the kernels' mean norms."""
+    invalid = ~ratio.isnan()
+    after = (kernels * ratio).nansum((1, 2))
+    sums = [invalid.any(2).sum(1), invalid.sum((1, 2)), torch.where(invalid, kernels, 0).sum((1, 2)), after]
+    found = {}
+    for name, (filters, count, old, new) in zip(names, torch.stack(sums, 1).tolist(), strict=True):
+        if count:
+            found[name] = {"name": name, "filters": int(filters), "kernels": int(count)}
+            found[name] |= {"mean_norm_before": old / count, "mean_norm_after": new / count}
+    return found
+
+
+def _scale(layer: nn.Conv2d, ratio: Tensor, momentum: str, optimizer: torch.optim.Optimizer | None) -> None:
+    """Multiply the kernels whose ratio (O, I) is a number, and, where asked, the optimiser's averages of them."""
+    untouched = ratio.isnan()[..., None, None]
+    scale = ratio.nan_to_num(1.0)[..., None, None].to(layer.weight.dtype)
+    edit(layer, "weight", lambda weight: weight * scale)
+    if optimizer is not None and momentum != "keep":
+        factor = scale if momentum == "scale" else untouched.to(scale.dtype)
+        edit(layer, "weight", lambda moment: moment * factor, optimizer)
 
 
 class Reactivation(hooks.Hook):
@@ -123,6 +168,7 @@ class Reactivation(hooks.Hook):
                 max_ratio=options.max_ratio,
                 momentum=options.momentum,
                 optimizer=run.optimizer,
+                random=run.generator("reactivation") if options.selection == "random" else None,
             )
             run.log("reactivation", gamma=gamma, **done)
         return False

@@ -6,6 +6,11 @@ Source: Han and Zhang, "Partial Restart of Neural Network", and its code, github
 
 z is the filter's feature map: behind its batch norm where one follows, because a batch norm makes z orthogonal to its gradient.
 Each restart resets floor(N / divisor) - 1 of the N filters ranked, with a fresh optimiser.
+
+Two loops are published. The code: a trained network, `restarts` rounds of `fit.epochs`, an early end after a drop in accuracy
+(`train_first: false, patience: null, stop_on_repeat: false, max_drop: 0.02, final_epochs: 15`). Algorithm 1 of the paper: train
+until the loss stalls, reset, and so on until the same filters would be reset again (`train_first: true` where the network is not
+trained yet, `patience: 5, stop_on_repeat: true`; the patience is ours, the paper gives none).
 """
 
 from collections.abc import Iterable
@@ -22,7 +27,10 @@ from pipeline.channels import Channels, follow
 from pipeline.config import Block
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
+from pipeline.filters import filter_norms
 from pipeline.layers import convolutions, edit
+
+IN_EPOCHS = ("final_epochs",)  # options that count epochs
 
 
 class Options(Block):
@@ -31,14 +39,16 @@ class Options(Block):
     method: Literal["restart"]
     reset: Literal["uniform", "he", "he_literal", "he_fan_in", "xavier", "minmax", "distribution"]
     scope: Literal["filter", "layer"]  # whose values minmax and distribution imitate
-    criterion: Literal["per_example", "batch_signed", "elementwise"]
+    criterion: Literal["per_example", "batch_signed", "elementwise", "random"]  # random: the control, as many filters, drawn
     ranking_batches: int | None = Field(ge=1)  # training batches behind one ranking; null: a whole epoch, as the authors
     ranking_dropout: bool  # rank with dropout active, as the authors
     divisor: float = Field(gt=1)  # N / divisor - 1 filters a restart
+    train_first: bool  # begin with a round without a reset: for a network that is not trained yet
     restarts: int = Field(ge=1)
     final_epochs: int = Field(ge=0)  # more training after the last round
+    stop_on_repeat: bool  # stop when the same filters would be reset as the last time
     patience: int | None = Field(ge=1)  # end a round when the training loss has not fallen for so many epochs; null: never
-    max_drop: float = Field(gt=0, le=1)  # stop when a round ends this far below the accuracy at the start
+    max_drop: float = Field(gt=0, le=1)  # stop when a round ends this far below the accuracy before the first restart
     target: float | None = Field(gt=0, le=1)  # stop when a round ends at this validation accuracy; null: never
     include_residual: bool  # also reset filters whose output joins a residual add
     batchnorm: Literal["reset", "keep"]  # of a filter's batch norm: scale 1, shift 0, mean 0, variance 1
@@ -149,11 +159,13 @@ def reset_filters(
     scope: str,
     batchnorm: str,
     generator: torch.Generator,
-) -> None:
-    """Draw the useless filters anew, in place: their kernels, bias 0, and their batch norm's entries. Nothing else changes."""
-    layers = dict(convolutions(model))
+) -> list[dict[str, Any]]:
+    """Draw the useless filters anew, in place: their kernels, bias 0, and their batch norm's entries. Nothing else changes.
+    Returns for each layer how many filters were reset and their mean L1 norm before and after."""
+    layers, done = dict(convolutions(model)), []
     for name, filters in useless.items():
         layer: Any = layers[name]
+        before = filter_norms(layer)[filters].mean()
         new = draw(layer.weight.detach(), filters, reset, scope, generator)
         edit(layer, "weight", lambda weight, rows=filters, new=new: weight.index_copy(0, _index(rows, weight), new))
         if layer.bias is not None:
@@ -168,6 +180,9 @@ def reset_filters(
             ):
                 if tensor is not None:
                     tensor[filters] = value
+        norms = {"mean_norm_before": float(before), "mean_norm_after": float(filter_norms(layer)[filters].mean())}
+        done.append({"name": name, "filters": len(filters), **norms})
+    return done
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:
@@ -180,9 +195,11 @@ class Restart(hooks.Hook):
     def __init__(self, options: Options) -> None:
         self.options = options
         self.useless: dict[str, list[int]] = {}
+        self.baseline = 0.0  # validation accuracy before the first restart
 
     def rounds(self, epochs: int) -> list[int]:
-        return [epochs] * self.options.restarts + [self.options.final_epochs] * (self.options.final_epochs > 0)
+        options = self.options
+        return [epochs] * (options.train_first + options.restarts) + [options.final_epochs] * (options.final_epochs > 0)
 
     def coverage(self, model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
         self.channels = follow(model, input_shape)
@@ -197,24 +214,25 @@ class Restart(hooks.Hook):
             )
         return [f"restart leaves layers whose output joins a residual add: {', '.join(skipped)}"] if skipped else []
 
-    def prepare(self, run: hooks.Run) -> None:
-        run.model.to(run.device)
-        self.baseline = evaluate(run.model, run.validation).accuracy
-
     def begin_round(self, run: hooks.Run) -> bool:
         options = self.options
-        if run.round > options.restarts:
-            return True  # the final epochs
-        why = self._reason_to_stop(run)
+        first = 1 + options.train_first  # the first round that begins with a restart
+        if not first <= run.round < first + options.restarts:
+            return True  # training before the first restart, or the final epochs
+        if run.round == first:
+            run.model.to(run.device)
+            self.baseline = evaluate(run.model, run.validation).accuracy
+        why = self._reason_to_stop(run) if run.round > first else ""
         if not why:
             useless = self._rank(run)
-            why = "the same filters would be reset again" if useless == self.useless else ""
+            repeated = options.stop_on_repeat and useless == self.useless
+            why = "the same filters would be reset again" if repeated else ""
             self.useless = useless
         if why:
             run.log("stop", reason=why)
             run.rounds = run.rounds[: run.round - 1] + [options.final_epochs] * (options.final_epochs > 0)
             return run.round <= len(run.rounds)
-        reset_filters(
+        layers = reset_filters(
             run.model,
             self.useless,
             self.channels,
@@ -223,9 +241,8 @@ class Restart(hooks.Hook):
             batchnorm=options.batchnorm,
             generator=run.generator("reset"),
         )
-        counts = [{"name": name, "filters": len(filters)} for name, filters in self.useless.items()]
         accuracy = evaluate(run.model, run.validation).accuracy
-        run.log("restart", layers=counts, filters=sum(row["filters"] for row in counts), validation_accuracy_after=accuracy)
+        run.log("restart", layers=layers, filters=sum(row["filters"] for row in layers), validation_accuracy_after=accuracy)
         return True
 
     def after_epoch(self, run: hooks.Run) -> bool:
@@ -234,14 +251,12 @@ class Restart(hooks.Hook):
         return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
     def state(self) -> dict[str, Any]:
-        return {"useless": self.useless}
+        return {"useless": self.useless, "baseline": self.baseline}
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.useless = state["useless"]
+        self.useless, self.baseline = state["useless"], state["baseline"]
 
     def _reason_to_stop(self, run: hooks.Run) -> str:
-        if run.round == 1:
-            return ""
         accuracy = run.history[-1]["validation_accuracy"]
         if accuracy <= self.baseline - self.options.max_drop:
             return f"validation accuracy {accuracy:.2%} is more than {self.options.max_drop:.2%} below {self.baseline:.2%}"
@@ -249,6 +264,10 @@ class Restart(hooks.Hook):
         return f"validation accuracy {accuracy:.2%} reaches the target" if reached else ""
 
     def _rank(self, run: hooks.Run) -> dict[str, list[int]]:
+        if self.options.criterion == "random":
+            generator, layers = run.generator("ranking"), dict(convolutions(run.model))
+            scores = {name: torch.rand(layers[name].out_channels, generator=generator) for name in self.watched}
+            return least_useful(scores, self.options.divisor)
         batches = run.train.epoch(run.epoch)
         if self.options.ranking_batches is not None:
             batches = (batch for batch, _ in zip(batches, range(self.options.ranking_batches), strict=False))
