@@ -142,7 +142,7 @@ def shorten(params: dict[str, Any], epochs: int) -> dict[str, Any]:
 
     def share(value: Any) -> Any:
         moved = value * epochs / fit["epochs"]
-        return moved if isinstance(value, float) or not value else max(1, round(moved))
+        return value if not value else moved if isinstance(value, float) else max(1, round(moved))
 
     schedule = fit["schedule"]
     if isinstance(schedule, dict):

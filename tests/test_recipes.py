@@ -62,7 +62,7 @@ def interrupt_after(saves: int, patch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_every_cell_of_the_papers_tables_has_a_row(project: None) -> None:
-    found = {name: len(tables.rows_of(tables.read_table(name), ["*"])) for name in tables.tables()}
+    found = {name: len(tables.rows_of(tables.read_table(name), ["*"])) for name in tables.tables() if name.startswith("kflo")}
     assert found == CELLS
 
 

@@ -174,7 +174,8 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_the_page_is_well_formed_and_loads_nothing(seeds):
-    text = page.render(rows.build(sample_records.grid(seeds)))
+    made = rows.build(sample_records.grid(seeds))
+    text = page.render(made)
     parsed = Page(text)
     assert parsed.open == []
     for tag, attributes in parsed.elements:
@@ -187,7 +188,9 @@ def test_the_page_is_well_formed_and_loads_nothing(seeds):
     assert len(identities) == len(set(identities))
     links = {attributes["href"] for tag, attributes in parsed.elements if tag == "a"}
     assert {link[1:] for link in links if link and link.startswith("#")} <= set(identities)
-    assert sum(attributes.get("class") == "point" for _, attributes in parsed.elements) == 9 * 4  # MACs, size, two latencies
+    events = [event for chain in made.chains for record in chain.records.values() for event in record["events"] if "epoch" in event]
+    points = 9 * 4 + len(events)  # MACs, size, two latencies; the triangles at filter norms
+    assert sum(attributes.get("class") == "point" for _, attributes in parsed.elements) == points
 
 
 HOSTILE = "<script>alert(1)</script>\"' onload='x' $title"
@@ -221,7 +224,11 @@ def test_equal_records_give_equal_bytes_and_every_file_is_there(tmp_path: Path):
     found = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert found == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
     costs = ("macs", "size_mb", "latency_cpu_b1_p50_ms", "latency_cpu_b32_p50_ms")
-    plots = {f"{stem}.{form}" for stem in ("curves-0", "channels-0", *(f"tradeoff-{c}" for c in costs)) for form in ("svg", "png")}
+    plots = {
+        f"{stem}.{form}"
+        for stem in ("curves-0", "filters-0", "channels-0", *(f"tradeoff-{c}" for c in costs))
+        for form in ("svg", "png")
+    }
     assert found.keys() == {"index.html", "table.csv", "table.md", "metrics.json", *plots}
     for name in plots:
         assert ElementTree.fromstring(found[name]) is not None if name.endswith("svg") else found[name].startswith(b"\x89PNG")

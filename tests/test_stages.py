@@ -68,7 +68,7 @@ PARAMETERS: dict[str, set[str]] = {
 }
 # From the ground up: a module imports from its own floor and from lower ones.
 GROUND = "errors files config hardware methods layers channels hooks evaluation progress resume records data models grid lineage "
-GROUND += "export inference measure latency expansion branches averaging tracing filters precision"
+GROUND += "export inference measure latency expansion branches averaging tracing filters precision weights"
 FLOORS = [
     set(GROUND.split()),
     set("surgery training overparameterize revive report tracking tracking_model tracking_server".split()),

@@ -61,7 +61,7 @@ def _cells(found: Treated, left: float, row: int, column: float) -> list[str]:
         else:
             paint = f'fill-opacity="{opacity(cell.share, most):.2f}"'
         body.append(f"<rect {box} {paint}><title>{escape(cell.text)}</title></rect>")
-    return [f'<g class="kept">{"".join(body)}</g>']
+    return [f'<g class="kept" aria-hidden="true">{"".join(body)}</g>']  # a page has their text in a table
 
 
 def _epochs(found: Treated, left: float, column: float, bottom: float) -> list[str]:

@@ -91,6 +91,8 @@ def _ends(parts: Iterable[Stretch]) -> str:
 def _layers(found: Treated, chain: Chain) -> str:
     """The map of what events did to each layer, and its numbers."""
     title = f"{found.stage}, {found.kind}: layer by layer"
+    if not found.cells:
+        return f"<p>{escape(title)}: no layer was touched.</p>"
     figure = f"<div class='wide heat'><figure>{heat.layers(found)}</figure></div>"
     count = sum(len(edits.by_layer([event])) for event in found.events)
     numbers = _each(found) if count <= MOST_ROWS else _in_sum(found)
@@ -108,7 +110,8 @@ def _each(found: Treated) -> str:
 
 def _in_sum(found: Treated) -> str:
     """A row for each layer: all events together."""
-    groups = [(name, f"{len(rows):,} of {len(found.events):,}", rows) for name, rows in edits.by_layer(found.events).items()]
+    rows = edits.by_layer(found.events)
+    groups = [(name, f"{len(rows[name]):,} of {len(found.events):,}", rows[name]) for name in found.layers if name in rows]
     return _numbers(found, ("layer", "events"), groups)
 
 
