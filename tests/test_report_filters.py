@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sample_records
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import filters, lineage, report
@@ -68,6 +68,8 @@ def test_bands_and_median_stand_where_the_labels_of_the_axes_say(percentiles):
 def test_stages_follow_each_other_and_the_dead_have_an_axis_of_their_own():
     chain = chain_of("finetune")
     root = drawn(story.filters(chain))
+    names = {name: place[0] - 5 for name, place in texts(root).items() if name in lineage.TRAINING}
+    assert names == pytest.approx({stage: epoch_place(root, 6 * index) for index, stage in enumerate(lineage.TRAINING)}, abs=0.15)
     (line,), history = titled(root, "compress: dead"), chain.records["compress"]["history"]
     assert [x for x, _ in corners(line)] == pytest.approx([epoch_place(root, 12 + row["epoch"]) for row in history], abs=0.15)
     bottom = max(e.get("d", "") for e in root.iter("path") if e.get("class") == "gone")  # every area begins on the axis
@@ -180,6 +182,8 @@ def test_one_epoch_alone_is_visible():
 
 @settings(max_examples=200)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=3))
+@example([1, 1, 300])
+@example([300, 1, 1])
 def test_names_of_stages_neither_meet_nor_leave_the_chart(epochs):
     names = ("train", "revive", "compress")[: len(epochs)]
     x = chart.axis([0, sum(epochs)], chart.SIDE, 448, zero=True)
@@ -189,7 +193,7 @@ def test_names_of_stages_neither_meet_nor_leave_the_chart(epochs):
         for a in re.findall(r'<text[^>]* x="([-\d.]+)"', "".join(chart.stages(list(zip(starts, names, strict=True)), x, 200)))
     ]
     ends = [left + 7.5 * len(name) for left, name in zip(found, names, strict=True)]
-    assert found[0] > 0 and ends[-1] <= 460 and all(end < left for end, left in zip(ends, found[1:], strict=False))
+    assert found[0] >= chart.SIDE and ends[-1] <= 460 and all(end < left for end, left in zip(ends, found[1:], strict=False))
     if min(epochs) > 0.3 * sum(epochs):
         assert found == pytest.approx([x.at(start) + 5 for start in starts], abs=0.06)
 
