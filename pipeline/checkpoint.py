@@ -144,10 +144,11 @@ def layer_table(model: nn.Module, card: dict[str, Any]) -> list[dict[str, Any]]:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         full = structure(build(card))["filtering"]
     table = []
-    for name, (inputs, outputs, _) in structure(model)["filtering"].items():
+    for name, (inputs, outputs, groups) in structure(model)["filtering"].items():
         plain = name.removesuffix(".layer")
         widths = {"inputs": inputs, "outputs": outputs, "full_inputs": full[plain][0], "full_outputs": full[plain][1]}
-        table.append({"name": plain, "type": "Conv2d" if _is_convolution(model, name) else "Linear", **widths})
+        kind = "Conv2d" if _is_convolution(model, name) else "Linear"
+        table.append({"name": plain, "type": kind, **widths, "groups": groups})
     return table
 
 

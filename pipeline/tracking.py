@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Published", "Unreachable", "publish"]
 
-FORMAT = 1  # part of every fingerprint: a new layout of the runs publishes anew
+FORMAT = 2  # part of every fingerprint: a new layout of the runs publishes anew
 LONGEST = 6000  # characters of a parameter that MLflow keeps
 MOST = 100  # parameters, and metrics, in one request
 
@@ -122,7 +122,7 @@ class _Publisher:
             self._add_stage(run_id, stage, record)
         self.client.log_dict(run_id, parameters, "parameters.json")
         plots = {quantity: story.curves(chain, quantity) for quantity in ("accuracy", "loss")}
-        for name, svg in (plots | {"channels": story.channels(chain)}).items():
+        for name, svg in (plots | {"channels": story.channels(chain), "filters": story.filters(chain)}).items():
             if svg:
                 self.client.log_text(run_id, chart.standalone(svg), f"plots/{name}.svg")
         for name in chain.records.get("export", {}).get("artifacts", []):

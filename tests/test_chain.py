@@ -91,7 +91,7 @@ def test_a_record_tells_what_the_written_model_does(tiny: Prepared, tmp_path: Pa
     for name in ("conv2", "conv3"):
         row = convolutions[name]
         assert row["type"] == "Conv2d" and row["full_inputs"] - row["inputs"] == removed[name] > 0
-    widths = {"inputs": 64, "outputs": 10, "full_inputs": 64, "full_outputs": 10}
+    widths = {"inputs": 64, "outputs": 10, "full_inputs": 64, "full_outputs": 10, "groups": 1}
     assert convolutions["fc2"] == {"name": "fc2", "type": "Linear", **widths}
     lineage = {"stage": "compress", "variant": "a-b-5", "seed": 5, "parameters": {"anything": 1}}
     assert card["stages"] == [lineage] and card["data"] == tiny.fingerprint == record["data"]

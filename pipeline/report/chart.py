@@ -23,10 +23,9 @@ STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1f2328}.grid{stroke:#d8dee4;fill:none}.front{stroke:#57606a;fill:none;"
     "stroke-width:1.5;stroke-dasharray:5 4}.line{fill:none;stroke-width:2}.mark{stroke:#57606a;stroke-opacity:.6;"
     "stroke-dasharray:2 3}.event{fill:#57606a}.full{fill:none;stroke:#8c959f}.kept{fill:#0b63a5}.error{stroke-width:1.5}"
-    ".halo{paint-order:stroke;"
-    "stroke:#fff;stroke-width:3px}.dead{fill:none;stroke:#b0243f;stroke-width:1.5;stroke-dasharray:6 4}.gone{fill:#b0243f;"
-    "fill-opacity:.25}.dying{stroke:#b0243f}.move{fill:#1f2328;stroke:#1f2328;stroke-width:1.5}.change{stroke:#57606a}"
-    ".was{fill:#fff;stroke:#57606a}.is{fill:#0b63a5}"
+    ".halo{paint-order:stroke;stroke:#fff;stroke-width:3px}.dead{fill:none;stroke:#b0243f;stroke-width:1.5;"
+    "stroke-dasharray:6 4}.gone{fill:#b0243f;fill-opacity:.25}.dying{stroke:#b0243f}.move{fill:#1f2328;stroke:#1f2328;"
+    "stroke-width:1.5}.change{stroke:#57606a}.was{fill:#fff;stroke:#57606a}.is{fill:#0b63a5}"
 )
 
 

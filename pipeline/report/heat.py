@@ -80,11 +80,12 @@ def _epochs(found: Treated, left: float, column: float, bottom: float) -> list[s
 def _scale(found: Treated, left: float) -> list[str]:
     """What the darkness means."""
     most = largest(found)
+    span = f"0 to {100 * most:.3g} %" if most else "0 %"
     boxes = [
         f'<rect class="kept" x="{left + 16 * index}" y="4" width="15" height="13" fill-opacity="{opacity(share, 1):.2f}"/>'
         for index, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0))
     ]
-    return [*boxes, f'<text class="tick" x="{left + 88}" y="15">0 to {100 * most:.3g} %: {escape(found.meaning)}</text>']
+    return [*boxes, f'<text class="tick" x="{left + 88}" y="15">{span}: {escape(found.meaning)}</text>']
 
 
 def _norms(found: Treated, pairs: dict[str, tuple[float, float] | None], start: float, row: int, bottom: float) -> list[str]:
