@@ -66,7 +66,7 @@ def start_paths(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(
-            f"params.yaml: train.start = {str(folder)!r}: must be a folder; it holds networks to start from: model folders and weight files"
+            f"params.yaml: train.start = {str(folder)!r}: must be a folder, of model folders and weight files to start from"
         )
     found = []
     for child in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):

@@ -74,7 +74,7 @@ def _check_start(start: Path) -> None:
     """DVC watches the networks to start from."""
     if not start.is_dir():
         raise InputError(
-            f"params.yaml: train.start = {str(start)!r}: must be a folder; it holds networks to start from: model folders and weight files"
+            f"params.yaml: train.start = {str(start)!r}: must be a folder, of model folders and weight files to start from"
         )
 
 
