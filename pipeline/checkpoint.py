@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pipeline import files, models, overparameterize, records
-from pipeline.config import Section
+from pipeline.config import Crop, Section
 from pipeline.data.batches import Prepared
 from pipeline.errors import InputError
 from pipeline.surgery import restructure, structure
@@ -44,11 +44,12 @@ class Expansion(Built):
 
 
 class Input(Section):
-    """One image: C, H, W, and the normalisation of each channel."""
+    """One image: C, H, W, the normalisation of each channel, and the crop that makes this size of a larger one, if any."""
 
     shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=3, max_length=3)
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
+    crop: Crop | None
 
 
 class Card(Section):
@@ -69,12 +70,13 @@ class Card(Section):
 
 def new_card(network: dict[str, Any], data: Prepared) -> dict[str, Any]:
     """The card of a network that no stage has worked on. `network`: {"name": ..., "arguments": {...}}."""
+    crop = data.crop.model_dump() if data.crop else None
     return {
         "format": FORMAT,
         "network": network,
         "expansion": None,
         "channels": None,
-        "input": {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std)},
+        "input": {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std), "crop": crop},
         "classes": list(data.classes),
         "stages": [],
         "versions": records.versions(),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch, onnx and onnxruntime are imported where they are nee
 
 FORMAT = 1
 INPUT, OUTPUT = "images", "logits"
-STRUCTURED = ("network", "classes", "mean", "std", "shape", "lineage")  # metadata kept as JSON
+STRUCTURED = ("network", "classes", "mean", "std", "shape", "crop", "lineage")  # metadata kept as JSON
 
 
 class ExportError(InputError):
@@ -210,7 +210,7 @@ def _metadata(card: dict[str, Any]) -> dict[str, str]:
     lineage = {key: _portable(card.get(key)) for key in ("stages", "channels", "commit", "data", "versions")}
     network, entry = card["network"], card["input"]
     values = {"network": network, "classes": card["classes"], "lineage": lineage} | {
-        key: entry[key] for key in ("mean", "std", "shape")
+        key: entry[key] for key in ("mean", "std", "shape", "crop")
     }
     return (
         {"format": str(FORMAT)}

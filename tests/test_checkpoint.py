@@ -69,7 +69,7 @@ def test_what_is_saved_is_loaded(state: str, data: Prepared, tmp_path: Path) -> 
     loaded, read = checkpoint.load(tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), before)
     assert {**read, "channels": None} == {**card, "weights_sha256": files.sha256(tmp_path / "model/model.safetensors")}
-    assert read["input"] == {"shape": list(SHAPE), "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert read["input"] == {"shape": list(SHAPE), "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop": None}
     assert read["classes"] == list("abcdefghij") and read["data"] == "f00d" and read["stages"] == card["stages"]
     assert read["channels"] == structure(model) == structure(loaded)
     assert not any(module.training for module in loaded.modules())

@@ -67,7 +67,7 @@ def card(name: str) -> dict[str, Any]:
     return {
         "network": {"name": name, "arguments": NETWORKS[name]},
         "channels": None,
-        "input": {"shape": list(SHAPE), "mean": [0.1, 0.2, 0.3], "std": [0.9, 0.8, 0.7]},
+        "input": {"shape": list(SHAPE), "mean": [0.1, 0.2, 0.3], "std": [0.9, 0.8, 0.7], "crop": {"resize": 40, "size": 32}},
         "classes": [f"class {number}" for number in range(10)],
         "stages": [{"stage": "train", "parameters": {"epochs": 3, "root": "/home/someone/pictures/birds"}}],
         "versions": {"torch": "2"},
@@ -135,6 +135,7 @@ def test_metadata_comes_back_as_it_was_given_also_from_the_session(exported: tup
     given, found = card(name), read_metadata(path)
     assert found["format"] == 1 and found["network"] == given["network"] and found["classes"] == given["classes"]
     assert found["mean"] == [0.1, 0.2, 0.3] and found["std"] == [0.9, 0.8, 0.7] and found["shape"] == list(SHAPE)
+    assert found["crop"] == {"resize": 40, "size": 32}
     assert found["lineage"]["commit"] == "0123abc" and found["lineage"]["data"] == "fingerprint"
     assert found["lineage"]["stages"] == [{"stage": "train", "parameters": {"epochs": 3, "root": "birds"}}]
     assert found["producer"].startswith("winnow, torch ")

@@ -24,6 +24,7 @@ session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 facts = session.get_modelmeta().custom_metadata_map
 mean, std = (np.float32(json.loads(facts[name])).reshape(-1, 1, 1) for name in ("mean", "std"))
 images = (pixels.astype(np.float32) / 255 - mean) / std  # pixels: uint8 (N, C, H, W), C, H, W as facts["shape"] says
+# where facts["crop"] is not null, pixels are the middle of an image whose shorter side was resized to facts["crop"]["resize"]
 (logits,) = session.run(["logits"], {"images": images})  # (N, classes)
 answers = [json.loads(facts["classes"])[index] for index in logits.argmax(1)]
 """
