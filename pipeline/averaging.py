@@ -1,7 +1,8 @@
 """The moving average of weights (EMA) as a training option: what is kept in the end is the average, not the last step.
 
 Source: Polyak and Juditsky 1992; the exponential form, and as a rival of KFLO, in "Utilizing Excess Resources in Training Neural
-Networks", which states no decay. Statistics of batch norms are the last ones of training.
+Networks", which states no decay. Statistics of batch norms are the last ones of training. Each round (of restarts) has an average
+of its own; edits between two epochs come into it as slowly as training does.
 """
 
 from typing import Any
@@ -20,8 +21,15 @@ class Averaging(Hook):
         self.decay = decay
         self.average: AveragedModel | None = None
         self.kept: dict[str, Tensor] = {}
+        self.begins = False
+
+    def begin_round(self, run: Run) -> bool:
+        self.begins = True  # with an edit: the weights before it are no part of the average, once there is a step
+        return True
 
     def after_step(self, run: Run) -> None:
+        if self.begins:
+            self.average, self.kept, self.begins = None, {}, False
         self._of(run).update_parameters(run.model)
 
     def finish(self, run: Run) -> None:

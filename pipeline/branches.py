@@ -75,6 +75,14 @@ class Branches(Kernel):
         for norm in self.norms:
             cut_norm(norm, outputs)
 
+    def renew(self, filters: Tensor) -> None:
+        """As in a layer that was just given its branches and starts at what it computed: the first branch alone counts, and the
+        statistics are a fresh batch norm's."""
+        for index, norm in enumerate(self.norms):
+            scale = 0.0 if index else (1 + norm.eps) ** 0.5  # type: ignore[operator]
+            for tensor, value in ((norm.weight, scale), (norm.bias, 0.0), (norm.running_mean, 0.0), (norm.running_var, 1.0)):
+                tensor.detach()[filters] = value  # type: ignore[operator,union-attr]
+
     def settle(self, layer: Any) -> None:
         bias = layer.bias.detach()
         del layer.bias

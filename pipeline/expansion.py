@@ -61,6 +61,9 @@ class Computed(nn.Module):
         """What `layer.weight = tensor` stores."""
         return self.solve(self.original, tensor) if self.owner else self.start(tensor)
 
+    def renew(self, filters: Tensor) -> None:
+        """Forget what training measured of these filters, by index: they are about to be drawn anew."""
+
     def settle(self, layer: Any) -> None:
         """Anything to put right in a layer that was just merged."""
 

@@ -55,7 +55,7 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
     hooks += [Averaging(options.ema)] if options.ema else []
     hooks.append(methods.load("revive", revive.method).create(revive))
     files = [file for path in starts for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    fresh = lambda number: drawn(number)[0]  # noqa: E731
+    fresh = None if networks else lambda number: drawn(number)[0]
     chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=files, fresh=fresh, out=out)
 
 

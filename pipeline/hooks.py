@@ -61,6 +61,12 @@ class Run:
     best_accuracy: float = -1.0
     fresh: Callable[[int], nn.Module] | None = None  # where this is the network's first training: draws the n-th other one
 
+    @property
+    def network(self) -> nn.Module:
+        """The network that is validated: `model`, or the one that a hook calls `own` where it trains others beside it."""
+        own: nn.Module = getattr(self.model, "own", self.model)
+        return own
+
     def another(self, number: int) -> nn.Module:
         """A further network to train beside `model`, on the CPU: with other initial weights for each `number` from 1 up where
         this is the first training, a copy of the trained one where it is not."""

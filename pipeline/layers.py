@@ -54,15 +54,26 @@ def filtering_layers(model: nn.Module) -> Iterator[tuple[str, FilteringLayer]]:
 
 
 def convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    """Every convolution with its qualified name, in the order of definition."""
+    """Every convolution with its qualified name, in the order of definition; of those that share one weight, the first."""
+    seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            yield name, module
+            weight = id(module._parameters.get("weight", module))
+            if weight not in seen:
+                seen.add(weight)
+                yield name, module
 
 
 def expanded(layer: nn.Module) -> bool:
     """Whether the layer's weight is computed by a parametrisation."""
     return parametrize.is_parametrized(layer, "weight")
+
+
+def renew(layer: nn.Module, filters: Tensor) -> None:
+    """Before the filters at these indices are drawn anew: an over-parameterised layer forgets what it measured of them."""
+    if expanded(layer):
+        computed: Any = layer.parametrizations["weight"][0]  # type: ignore[union-attr,index]
+        computed.renew(filters)
 
 
 @torch.no_grad()
@@ -74,7 +85,8 @@ def edit(
     The parameters behind the tensor keep their identity, so an optimiser stays valid; an expanded layer moves its own
     parameters as little as possible (`right_inverse`). With an `optimizer`, its running averages of this tensor's gradient
     (SGD's momentum, Adam's first and second moment) are edited instead of the tensor: through the same linear map where the
-    layer is expanded. There Adam's second moment stays: no linear map keeps squares positive.
+    layer is expanded. There Adam's second moment stays: no linear map keeps squares positive. Elsewhere, being one of squares, it
+    is changed twice, so that `change` should multiply.
     """
     if optimizer is None:
         old = getattr(layer, name)
@@ -88,8 +100,10 @@ def edit(
         for moment in _moments(optimizer, computed.trained, ("momentum_buffer", "exp_avg")):
             moment.copy_(computed.carry(moment, change))
     else:
-        for moment in _moments(optimizer, getattr(layer, name), ("momentum_buffer", "exp_avg", "exp_avg_sq")):
+        for moment in _moments(optimizer, getattr(layer, name), ("momentum_buffer", "exp_avg")):
             moment.copy_(change(moment.clone()))
+        for squares in _moments(optimizer, getattr(layer, name), ("exp_avg_sq",)):
+            squares.copy_(change(change(squares.clone())))
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor, keys: tuple[str, ...]) -> list[Tensor]:

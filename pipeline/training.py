@@ -85,7 +85,7 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
     row = {"epoch": run.epoch, "round": run.round, "lr": run.lr, "train_loss": float(loss_sum) / len(run.train)}
     row |= {"train_accuracy": float(correct) / run.train.images}
     row |= {"validation_loss": score.loss, "validation_accuracy": score.accuracy, "images_per_s": images_per_s}
-    run.history.append(row | strength(run.model))
+    run.history.append(row | strength(run.network))
     if run.fit.select == "best" and score.accuracy > run.best_accuracy:
         run.best_accuracy = score.accuracy
         run.best = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}

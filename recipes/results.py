@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pipeline import files
+from pipeline import files, methods
 from pipeline.errors import InputError
 from recipes.tables import Row, Table, decisive, differences, parameters, rows_of, shorten
 from stages import SEED
@@ -28,11 +28,12 @@ def _cells(table: Table, row: Row, records: list[dict[str, Any]]) -> list[str]:
     scores = [100 * record["metrics"]["test_accuracy"] for record in records]
     ours, published = statistics.mean(scores), table.expected[row[0]][row[1]]
     mean, std = published or (None, None)
-    epochs, full = _epochs(records[0]), parameters(table, row)["train"]["fit"]["epochs"]
+    done, full = sorted({int(record["metrics"]["epochs"]) for record in records}), _planned(parameters(table, row)["train"])
+    epochs = " to ".join(map(str, done[:: max(1, len(done) - 1)]))
     speeds = [epoch["images_per_s"] for record in records for epoch in record["history"]]
     return [
         "/".join(row),
-        str(epochs) if epochs == full else f"{epochs} of {full}",
+        epochs if done == [full] else f"{epochs} of {full}",
         " ".join(str(record["seed"]) for record in records),
         f"{ours:.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""),
         "" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else ""),
@@ -46,6 +47,13 @@ def _cells(table: Table, row: Row, records: list[dict[str, Any]]) -> list[str]:
 def _epochs(record: dict[str, Any]) -> int:
     """Epochs of the training, or of each of its rounds."""
     return record["parameters"]["train"]["fit"]["epochs"]
+
+
+def _planned(train: dict[str, Any]) -> int:
+    """Epochs of all rounds of a row at full length."""
+    revive = {**train["revive"], "fit": train["fit"]}
+    options = methods.options("revive", "train.revive", revive)
+    return sum(methods.load("revive", revive["method"]).create(options).rounds(train["fit"]["epochs"]))
 
 
 def _commit(commit: str | None) -> str:
@@ -72,7 +80,7 @@ def write_report(folder: Path, table: Table) -> None:
                 passed.append(f"- {path.parent.relative_to(folder)}: {why}\n")
             else:
                 results.append((row, record))
-    said = "Accuracy on the test images; mean ± standard deviation (n - 1) over seeds. The paper does not give its number of runs."
+    said = f"Accuracy on the test images; mean ± standard deviation (n - 1) over seeds. {table.runs}"
     text = f"# {table.paper}\n\n{said}\n\n{report(table, results)}"
     if passed:
         text += f"\nPassed over, trained with other parameters than the table says now:\n\n{''.join(passed)}"

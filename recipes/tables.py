@@ -1,6 +1,7 @@
 """A paper's table as one file recipes/NAME.yaml: settings by network and by method, and what the paper reports for each pair.
 
     paper      what is reproduced
+    runs       over how many runs the paper's figures are
     base       another table to take over everything from but `paper` and `expected`; the keys below then change it
     data, augment, runtime, model, train      as in params.yaml, for every row
     methods    NAME: what the method adds to `train`
@@ -59,6 +60,7 @@ class Table(Settings):
     """One file."""
 
     paper: str
+    runs: str
     networks: dict[str, Settings]
     expected: dict[str, dict[str, Cell | None]] = Field(min_length=1)
 

@@ -22,6 +22,7 @@ def small() -> dict[str, Any]:
     start = {"table": "small", "method": "plain", "count": 2, "of": 2}
     return {
         "paper": "A small table",
+        "runs": "Nobody ran it.",
         **{key: params[key] for key in ("augment", "runtime")},
         "data": params["data"] | {"validation": 0.7, "test": 0.5},
         "train": {

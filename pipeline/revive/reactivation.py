@@ -82,12 +82,10 @@ def reactivate(
         kernels = torch.stack([norms[name] for name in names])  # (L, O, I)
         filters = torch.stack([in_network[name] for name in names])
         filters &= _smallest(kernels.sum(2), count(beta, kernels.shape[1]))
-        order = kernels
-        if random is not None:
-            filters = _smallest(torch.rand(filters.shape, generator=random).to(kernels), filters.sum(1, keepdim=True))
-            order = torch.rand(kernels.shape, generator=random).to(kernels)
-        invalid = filters[..., None] & _smallest(order, count(gamma, kernels.shape[2]))
+        invalid = filters[..., None] & _smallest(kernels, count(gamma, kernels.shape[2]))
         ratio, lifeless = _ratios(kernels, invalid, max_ratio or math.inf)
+        if random is not None:
+            ratio, _ = _ratios(kernels, _drawn_instead(~ratio.isnan(), kernels, random), max_ratio or math.inf)
         dead += lifeless
         for name, row in _summary(names, kernels, ratio).items():
             touched[name] = row
@@ -109,6 +107,15 @@ def _smallest(values: Tensor, count: int | Tensor) -> Tensor:
     order = values.argsort(dim=-1, stable=True)
     places = torch.arange(values.shape[-1], device=values.device).expand_as(order)
     return torch.zeros_like(order).scatter(-1, order, places) < count
+
+
+def _drawn_instead(chosen: Tensor, kernels: Tensor, random: torch.Generator) -> Tensor:
+    """A mask like `chosen` (L, O, I) of drawn kernels: in each layer as many filters with as many kernels each, live ones."""
+    draw = lambda alive: torch.rand(alive.shape, generator=random).to(kernels) + (~alive)  # noqa: E731  # dead ones last
+    counts = chosen.sum(2).sort(dim=1, descending=True).values  # (L, O)
+    order = draw(kernels.amax(2) >= EPSILON).argsort(dim=1)
+    wanted = torch.zeros_like(counts).scatter(1, order, counts)
+    return _smallest(draw(kernels >= EPSILON), wanted[..., None])
 
 
 def _ratios(kernels: Tensor, invalid: Tensor, limit: float) -> tuple[Tensor, int]:

@@ -28,7 +28,7 @@ from pipeline.config import Block
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
 from pipeline.filters import filter_norms
-from pipeline.layers import convolutions, edit
+from pipeline.layers import convolutions, edit, renew
 
 IN_EPOCHS = ("final_epochs",)  # options that count epochs
 
@@ -166,6 +166,8 @@ def reset_filters(
     for name, filters in useless.items():
         layer: Any = layers[name]
         before = filter_norms(layer)[filters].mean()
+        if batchnorm == "reset":
+            renew(layer, _index(filters, layer.weight))
         new = draw(layer.weight.detach(), filters, reset, scope, generator)
         edit(layer, "weight", lambda weight, rows=filters, new=new: weight.index_copy(0, _index(rows, weight), new))
         if layer.bias is not None:
@@ -213,6 +215,10 @@ class Restart(hooks.Hook):
                 f"restart: {filters} filters / divisor {self.options.divisor} - 1 leaves nothing to reset; lower the divisor"
             )
         return [f"restart leaves layers whose output joins a residual add: {', '.join(skipped)}"] if skipped else []
+
+    def prepare(self, run: hooks.Run) -> None:
+        if run.fresh is not None and not self.options.train_first:
+            raise InputError("restart: the network is not trained, so no filter can be ranked: set train_first to true")
 
     def begin_round(self, run: hooks.Run) -> bool:
         options = self.options
