@@ -1,5 +1,6 @@
 """What the training stages of the chain share: from prepared data and a model to a trained model, its card and its record."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from pipeline import checkpoint, methods
 from pipeline.config import Augment, Fit, Runtime, lookup, parse
 from pipeline.data.batches import Batches, Prepared, SplitName, load
+from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, pick_device
 from pipeline.hooks import Hook, Run
 from pipeline.records import Record
@@ -86,6 +88,7 @@ def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dic
     """Evaluate on the test split, and write the model and the record."""
     test = evaluate(model, where.batches("test", EVALUATION_BATCH))
     validation = evaluate(model, run.validation)
+    _refuse_infinite(model, test.loss, run)
     record.metrics |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
     record.metrics |= {"validation_accuracy": validation.accuracy}
     if len(where.prepared.classes) > 10:  # of few classes, five say nothing
@@ -95,6 +98,16 @@ def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dic
     record.history, record.events = run.history, run.events
     record.notes += run.notes
     write(record, model, card, out)
+
+
+def _refuse_infinite(model: nn.Module, loss: float, run: Run) -> None:
+    """Before anything is overwritten: a network that computes no numbers is no result."""
+    wrong = next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), "")
+    if wrong or not math.isfinite(loss):
+        raise InputError(
+            f"{run.stage}: after epoch {run.epoch} {f'{wrong} has' if wrong else 'the test loss has'} values that are not finite, "
+            f"last learning rate {run.lr:.3g}; lower fit.lr, or train in fp32 (fit.precision)"
+        )
 
 
 def write(record: Record, model: nn.Module, card: dict[str, Any], out: Path) -> None:

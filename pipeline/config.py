@@ -151,7 +151,7 @@ class CompressBlock(Block):
 class Train(Section):
     """The first training, over-parameterised."""
 
-    start: str  # folder with networks to start from: sub-folders of other trainings, weight files; empty: fresh weights
+    start: str = Field(min_length=1)  # folder of networks to start from; an empty one: fresh weights
     start_layers: list[str] = Field(min_length=1)  # patterns of the layers or tensors taken over from there; ["*"]: all
     overparameterize: dict[str, Any]  # `method` and its options
     revive: dict[str, Any]  # a method at work from the first epoch: as a block under `revive:`, without its fit

@@ -6,7 +6,6 @@ weight file that somebody published.
 """
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pipeline.expansion import collapse
 from pipeline.hooks import BiasRate, Hook, stable_seed
 from pipeline.overparameterize import overparameterize
 from pipeline.records import Record
-from pipeline.weights import SUFFIXES, Weights
+from pipeline.weights import Weights
 
 COUNTER = "num_batches_tracked"  # of batch norms: old files lack it, it fits any other one, and nothing here depends on it
 
@@ -39,7 +38,7 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
 
     described = {"name": network["name"], "arguments": {key: value for key, value in network.items() if key != "name"}}
     card = checkpoint.new_card(described, where.prepared)
-    starts = start_paths(Path(options.start))
+    starts = weights.start_paths(Path(options.start))
     networks = [collapse(checkpoint.load(path)[0]) if path.is_dir() else weights.read(path) for path in starts]
 
     def drawn(*numbers: int) -> tuple[nn.Module, list[str]]:
@@ -59,28 +58,6 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
     chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=files, fresh=fresh, out=out)
 
 
-def start_paths(folder: Path) -> list[Path]:
-    """What `folder` holds to start from, by name: model folders among its sub-folders (or their `model`), and weight files.
-
-    `InputError` for anything else there but hidden files: it would silently not be started from.
-    """
-    if not folder.is_dir():
-        raise InputError(
-            f"params.yaml: train.start = {str(folder)!r}: must be a folder, of model folders and weight files to start from"
-        )
-    found = []
-    for child in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        models = [path for path in (child, child / "model") if (path / "model.json").is_file()]
-        if not models and (child.is_dir() or child.suffix not in SUFFIXES):
-            known = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-            raise InputError(
-                f"params.yaml: train.start: {child} is neither a folder with a model.json nor a weight file ({known}): "
-                "move it away or rename it"
-            )
-        found += models or [child]
-    return found
-
-
 def begin(
     model: nn.Module, networks: Sequence[nn.Module | Weights], expansion: dict[str, Any], layers: Sequence[str] = ("*",)
 ) -> list[str]:
@@ -92,7 +69,8 @@ def begin(
         stack = getattr(methods.load("overparameterize", method), "stack", None)
         if stack is None:
             raise InputError(
-                f"params.yaml: train.start has {len(networks)} networks, but {method} starts from one; kflo stacks several"
+                f"params.yaml: train.start has {len(networks)} networks, but with train.overparameterize.method = {method!r} "
+                "a network starts from one; kflo stacks several"
             )
         if list(layers) != ["*"]:
             raise InputError(
@@ -110,25 +88,13 @@ def transfer(model: nn.Module, network: nn.Module | Weights, layers: Sequence[st
     `InputError` where there is nothing to copy, or no tensor fits a pattern; `model` is then as it was.
     """
     source, target = network.state_dict(), model.state_dict()
-    chosen = [name for name in _chosen(model, target, layers) if name in source and _alike(source[name], target[name])]
+    chosen = [name for name in weights.chosen(model, layers) if name in source and _alike(source[name], target[name])]
     if all(name.endswith(COUNTER) for name in chosen):
         raise InputError(_nothing_fits(model, network, layers))
     with torch.no_grad():
         for name in chosen:
             target[name].copy_(source[name])
     return [name for name in target if name not in chosen and not name.endswith(COUNTER)]
-
-
-def _chosen(model: nn.Module, state: Mapping[str, Tensor], layers: Sequence[str]) -> list[str]:
-    """The tensors of `state` whose name, or the name of whose layer, fits one of the patterns."""
-    there = {name: (name, name.rpartition(".")[0]) for name in state}
-    for pattern in layers:
-        if not any(fnmatchcase(name, pattern) for names in there.values() for name in names):
-            known = ", ".join(dict.fromkeys(layer for _, layer in there.values()))
-            raise InputError(
-                f"params.yaml: train.start_layers: no layer of this {type(model).__name__} fits {pattern!r}; there are {known}"
-            )
-    return [name for name, names in there.items() if any(fnmatchcase(n, pattern) for n in names for pattern in layers)]
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:

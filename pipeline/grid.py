@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from pipeline import methods
 from pipeline.config import Augment, Data, Export, Profile, Runtime, Section, Tracking, Train, Variants, lookup, parse, read_params
 from pipeline.errors import InputError
+from pipeline.weights import start_paths
 
 SECTIONS: dict[str, type[Section]] = {
     "data": Data,
@@ -49,7 +50,7 @@ def check() -> dict[str, Any]:
     if parsed["train"]:
         attempt(lambda: methods.options("overparameterize", "train.overparameterize", parsed["train"].overparameterize))
         attempt(lambda: methods.revival(parsed["train"]))
-        attempt(lambda: _check_start(Path(parsed["train"].start)))
+        attempt(lambda: start_paths(Path(parsed["train"].start)))
     blocks = {family: attempt(lambda family=family: _blocks(params, family)) for family in ("revive", "compress")}
     for family, found in blocks.items():
         for name, value in (found or {}).items():
@@ -64,18 +65,10 @@ def check() -> dict[str, Any]:
 def _check_root(data: Data) -> None:
     """The raw data is there, or has a folder to be downloaded to: DVC watches it."""
     root = Path(data.root)
-    if not root.exists() and (data.name == "folder" or root.suffix == ".npz"):
+    if not root.exists() and (data.name in ("folder", "tiny_imagenet") or root.suffix == ".npz"):
         raise InputError(f"params.yaml: data.root = {data.root!r} does not exist: {data.name} is read from there")
     if not root.exists():
         root.mkdir(parents=True)
-
-
-def _check_start(start: Path) -> None:
-    """DVC watches the networks to start from."""
-    if not start.is_dir():
-        raise InputError(
-            f"params.yaml: train.start = {str(start)!r}: must be a folder, of model folders and weight files to start from"
-        )
 
 
 def seeds(params: dict[str, Any]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import parse
 from pipeline.errors import InputError
-from pipeline.first_training import start_paths
+from pipeline.weights import start_paths
 from recipes.tables import Row, StartFrom, Table, check, naming, parameters, read_table, shorten
 from stages import OUTPUTS
 

@@ -40,6 +40,9 @@ def guard(call: str, act: Callable[[], None]) -> None:
         _refuse(f"{call}: {error}")
     except OSError as error:
         _refuse(f"{call}: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+    except KeyboardInterrupt:
+        print(f"{call}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except MemoryError as error:
         _refuse(f"{call}: there is not enough memory for it ({error})")
 

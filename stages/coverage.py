@@ -11,6 +11,7 @@ from pipeline.errors import InputError
 from pipeline.files import write_json
 from pipeline.layers import expanded, filtering_layers
 from pipeline.overparameterize import overparameterize
+from pipeline.weights import chosen
 from stages import PREPARED, folder, run
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     expansion = methods.options("overparameterize", "train.overparameterize", train.overparameterize).model_dump()
     with torch.device("meta"):  # shapes alone: no memory, no random numbers
         model = checkpoint.build(checkpoint.new_card({"name": network.pop("name"), "arguments": network}, data))
+        chosen(model, train.start_layers)
         try:
             overparameterize(model, expansion.pop("method"), **expansion)
         except InputError as error:

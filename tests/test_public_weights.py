@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint, files, models, weights
 from pipeline.data.batches import Prepared
 from pipeline.errors import InputError
-from pipeline.first_training import begin, first_training, start_paths, transfer
+from pipeline.first_training import begin, first_training, transfer
 from pipeline.layers import filtering_layers
 
 NONE = {"method": "none"}
@@ -76,7 +76,7 @@ def test_a_file_of_torchvision_gives_all_but_the_classifier_of_other_classes(tmp
     old = {key: tensor for key, tensor in source.state_dict().items() if "num_batches" not in key}  # before 2019 there were none
     torch.save(old, tmp_path / "resnet18-5c106cde.pth")
     safetensors.torch.save_file(source.state_dict(), tmp_path / "resnet18.safetensors")
-    for path in start_paths(tmp_path):
+    for path in weights.start_paths(tmp_path):
         ours = filled("resnet_imagenet", 10, depth=18, stem="imagenet")
         assert transfer(ours, weights.read(path)) == ["fc.weight", "fc.bias"]
         assert all((ours.get_parameter(f"fc.{name}") == 1).all() for name in ("weight", "bias"))
@@ -130,7 +130,7 @@ def test_state_dicts_are_read_as_projects_publish_them(name: str, tmp_path: Path
     source, model = zoo(seed=1), zoo(seed=2)
     source = source.bfloat16().float() if name == "half.pth" else source
     WRITERS[name](source.state_dict(), tmp_path / name)
-    [path] = start_paths(tmp_path)
+    [path] = weights.start_paths(tmp_path)
     assert begin(model, [weights.read(path)], NONE) == []
     assert torch.equal(model.eval()(IMAGES), source(IMAGES))
 
@@ -236,7 +236,7 @@ def test_several_networks_are_stacked_whole(tmp_path: Path) -> None:
     """Of files as of folders; part of them is not possible."""
     for seed in (1, 2):
         torch.save(zoo(seed=seed).state_dict(), tmp_path / f"{seed}.pth")
-    sources, model = [weights.read(path) for path in start_paths(tmp_path)], zoo(seed=3)
+    sources, model = [weights.read(path) for path in weights.start_paths(tmp_path)], zoo(seed=3)
     assert begin(model, sources, KFLO) == []
     assert torch.equal(model.eval()(IMAGES), zoo(seed=1)(IMAGES))
     name, layer = next(filtering_layers(model))
@@ -252,17 +252,17 @@ def test_everything_visible_in_the_folder_is_started_from_or_refused(tmp_path: P
         (tmp_path / folder / "model.json").touch()
     for file in ("a.pth", "c.safetensors", ".gitkeep", ".DS_Store", "e.pt"):
         (tmp_path / file).touch()
-    found = [str(path.relative_to(tmp_path)) for path in start_paths(tmp_path)]
+    found = [str(path.relative_to(tmp_path)) for path in weights.start_paths(tmp_path)]
     assert found == ["a.pth", "b", "c.safetensors", "d/model", "e.pt"]
     wrong = {"net.pth.tar": Path.touch, "f.pth": Path.mkdir, "gone": lambda path: path.symlink_to("nowhere")}
     for name, make in wrong.items():
         make(tmp_path / name)
         with pytest.raises(InputError, match=rf"train\.start: \S+/{name} is neither a folder with a model\.json nor a weight file"):
-            start_paths(tmp_path)
+            weights.start_paths(tmp_path)
         (tmp_path / name).rename(tmp_path / f".{name}")
     (tmp_path / "g.pth").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"g\.pth must be a state dict, and cannot be read as one \(FileNotFoundError\)"):
-        weights.read(start_paths(tmp_path)[-1])
+        weights.read(weights.start_paths(tmp_path)[-1])
 
 
 def started(data: Prepared, folder: Path, epochs: int, out: Path, **train: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from raw_data import random_npz
-from small_chain import VARIANT, build, call, refused
+from small_chain import VARIANT, build, call, parameters, refused
 
 from pipeline import files
 
@@ -28,6 +28,7 @@ PNG, NPZ = Path("raw/ant/1.png"), Path("raw.npz")
 PREPARE, COVERAGE, REPORT = ("prepare",), ("coverage",), ("report",)
 TRAIN, REVIVE = ("train", "0"), ("revive", "finetune", "0")
 COMPRESS, COLLAPSE, EXPORT, PROFILE = ((stage, *VARIANT) for stage in ("compress", "collapse", "export", "profile"))
+LAST = parameters()["train"]["fit"] | {"batch_size": 2048, "lr": 1e30, "weight_decay": 1e30, "schedule": "constant"}
 KFLO = {"method": "kflo", "layers": ["*"], "depth": 2, "width": 4, "narrow": False, "mixer_decay": 0.0}
 
 
@@ -88,6 +89,11 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
             "compress.diet: diet: protect = 'conv9' matches no",
         ),
         ("all protected", do.put("compress.diet.protect", ["*"]), "compress.diet: diet: every channel of the network is protected"),
+        (
+            "layers to start from",
+            do.put("train.start_layers", ["conv1", "convolution*"]),
+            "train.start_layers: no layer of this CifarQuick fits 'convolution*'; there are conv1, bn1,",
+        ),
         ("expansion", do.put("train.overparameterize", KFLO), "train.overparameterize.l2_factor is missing"),
     ],
     TRAIN: [
@@ -97,6 +103,11 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
             "reflection",
             do.put("augment", {"pad": 16, "pad_mode": "reflect", "flip": False, "scale": None}),
             "augment.pad = 16 cannot reflect",
+        ),
+        (
+            "divergence in the last step",
+            do.both(do.put("train.overparameterize", {"method": "none"}), do.put("train.fit", LAST)),
+            "train: after epoch 1 ",
         ),
         ("divergence", do.put("train.fit.lr", 1e12), "train: the loss is nan in epoch 1 (round 1), last learning rate"),
         ("file for the model's folder", do.file_for_folder(TRAINED), f"{TRAINED} is a file where a folder is needed: move it away"),

@@ -77,7 +77,11 @@ PARAMETERS: list[tuple[str, Any, str]] = [
     ("revive", {}, "revive must hold named blocks, as `name: {method: ..., ...}`, not {}"),
     ("revive.a/b", {}, "revive.a/b: a block's name is letters, digits, '_' and '-'"),
     ("compress.diet/2", {}, "compress.diet/2: a block's name"),
-    ("revive.finetune.method", "diet", "revive.finetune.method = 'diet': must be one of finetune, grafting, reactivation, restart, weight_evolution"),
+    (
+        "revive.finetune.method",
+        "diet",
+        "revive.finetune.method = 'diet': must be one of finetune, grafting, reactivation, restart, weight_evolution",
+    ),
     ("revive.restart.criterion", "taylor", "revive.restart.criterion = 'taylor': must be 'per_example'"),
     ("revive.restart.divisor", 1, "revive.restart.divisor = 1: must be greater than 1"),
     ("compress.diet.groups", 1, "compress.diet.groups = 1: must be greater than or equal to 2"),

@@ -40,5 +40,5 @@ def check_input(name: str, input_shape: tuple[int, int, int], classes: int, smal
     if min(height, width) < smallest:
         raise InputError(
             f"{name}: images of {height}x{width} pixels are too small; the smallest are {smallest}x{smallest}: "
-            "enlarge them (data.image_size in params.yaml) or choose another network"
+            "enlarge them (data.image_size, or data.crop, in params.yaml) or choose another network"
         )

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from pipeline import hooks
 from pipeline.config import Block
-from pipeline.errors import InputError
+from pipeline.errors import InputError, allow, allow_share
 from pipeline.layers import convolutions, edit, filtering_layers
 
 IN_EPOCHS = ("every",)  # options that count epochs of the training
 EPSILON = 1e-12  # a norm below it has no direction to keep
 
+MOMENTUM = ("keep", "zero", "scale")
 ROUNDING = {"floor": math.floor, "round": round, "ceil": math.ceil}
 
 
@@ -71,7 +72,12 @@ def reactivate(
     With `random`, a generator on the CPU, it is the control: in every layer as many filters, and in each of them as many kernels,
     but drawn instead of ranked.
     """
-    layers = eligible(model)
+    for name, share in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+        allow_share(name, share)
+    allow("rounding", rounding, ROUNDING)
+    allow("momentum", momentum, MOMENTUM)
+    if not (layers := eligible(model)):
+        return {"kernels": 0, "dead_filters": 0, "layers": []}
     count = lambda share, total: min(ROUNDING[rounding](round(share * total, 9)), total)  # noqa: E731
     norms = {name: layer.weight.detach().float().abs().sum((2, 3)) for name, layer in layers.items()}  # (O, I)
     means = [norms[name].sum(1) / layer.weight[0].numel() for name, layer in layers.items()]

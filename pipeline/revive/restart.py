@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from pipeline import hooks
 from pipeline.channels import Channels, follow
 from pipeline.config import Block
-from pipeline.errors import InputError
+from pipeline.errors import InputError, allow
 from pipeline.evaluation import evaluate
 from pipeline.filters import filter_norms
 from pipeline.layers import convolutions, edit, renew
 
 IN_EPOCHS = ("final_epochs",)  # options that count epochs
+CRITERIA = ("per_example", "batch_signed", "elementwise")
+RESETS = ("uniform", "he", "he_literal", "he_fan_in", "xavier", "minmax", "distribution")
 
 
 class Options(Block):
@@ -74,6 +76,7 @@ def taylor_scores(
     labels (B,). `per_example` takes |mean over pixels| of each image (the paper's formula), `batch_signed` sums signed values
     over the whole pass and takes the absolute value at the end (what the authors ran), `elementwise` takes it of each element.
     """
+    allow("criterion", criterion, CRITERIA)
     totals: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -110,9 +113,17 @@ def taylor_scores(
 
 
 def least_useful(scores: dict[str, Tensor], divisor: float) -> dict[str, list[int]]:
-    """The floor(N / divisor) - 1 filters with the smallest scores in the whole network, by layer, in ascending index."""
-    flat = torch.cat(list(scores.values()))
-    chosen = flat.argsort(stable=True)[: int(len(flat) / divisor) - 1].tolist()
+    """The floor(N / divisor) - 1 filters with the smallest scores in the whole network, by layer, in ascending index.
+
+    `InputError` where that is none, or not fewer than N.
+    """
+    total = sum(map(len, scores.values()))
+    count = int(total / divisor) - 1 if divisor > 1 else 0
+    if count < 1:
+        raise InputError(
+            f"restart: {total} filters / divisor {divisor} - 1 leaves nothing to reset; a divisor lies above 1, up to {total / 2:g}"
+        )
+    chosen = torch.cat(list(scores.values())).argsort(stable=True)[:count].tolist()
     useless, start = {}, 0
     for name, values in scores.items():
         useless[name] = sorted(index - start for index in chosen if start <= index < start + len(values))
@@ -127,6 +138,7 @@ def draw(kernels: Tensor, filters: list[int], reset: str, scope: str, generator:
     printed; xavier U(+-sqrt(6 / (fan in + fan out))); he_fan_in U(+-sqrt(6 / fan in)); minmax U(min, max) and distribution
     N(mean, std^2) of the old values of the filter (or of the layer).
     """
+    allow("reset", reset, RESETS)
     old = kernels[filters]
     shape, count = old.shape, len(kernels)
     fan_in, fan_out = kernels[0].numel(), count * kernels[0, 0].numel()
@@ -209,11 +221,8 @@ class Restart(hooks.Hook):
         skipped = [n for n in layers if self.channels.joins(n)]
         skipped = [] if self.options.include_residual else skipped
         self.watched = {name: self.channels.norm_after.get(name, name) for name in layers if name not in skipped}
-        filters = sum(dict(convolutions(model))[name].out_channels for name in self.watched)
-        if int(filters / self.options.divisor) - 1 < 1:
-            raise InputError(
-                f"restart: {filters} filters / divisor {self.options.divisor} - 1 leaves nothing to reset; lower the divisor"
-            )
+        layers_of = dict(convolutions(model))
+        least_useful({name: torch.zeros(layers_of[name].out_channels) for name in self.watched}, self.options.divisor)
         return [f"restart leaves layers whose output joins a residual add: {', '.join(skipped)}"] if skipped else []
 
     def prepare(self, run: hooks.Run) -> None:

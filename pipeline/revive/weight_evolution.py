@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from pipeline import hooks
 from pipeline.config import Block
-from pipeline.errors import InputError
+from pipeline.errors import InputError, allow
 from pipeline.layers import convolutions, edit, filtering_layers
 
 IN_EPOCHS = ("period", "steepness")  # options that count epochs of the training
@@ -91,6 +91,7 @@ def evolve(
 
     `share` and `norm_share` are those of this epoch. `waiting` holds the counters of the passes before, and is brought up to date.
     """
+    allow("rule", rule, ("code", "paper"))
     waiting = {} if waiting is None else waiting
     layers = dict(convolutions(model))
     patience = len(layers) / force if force else math.inf
