@@ -91,7 +91,7 @@ def _differs(params: dict[str, Any], record: dict[str, Any]) -> str:
     """What is not as in the row, but for the number of epochs; empty where nothing is."""
     train = {key: value for key, value in params["train"].items() if key != "start_from"}
     try:
-        wanted = shorten({**params, "train": {**train, "start": ""}}, _epochs(record))
+        wanted = shorten({**params, "train": {**train, "start": "data/start"}}, _epochs(record))
         return "; ".join(differences(decisive(record["parameters"]), decisive(wanted)))
     except (InputError, KeyError, TypeError):
         return "parameters of another version"

@@ -85,7 +85,7 @@ def revived(network: str, model: nn.Module, method: str, data: Prepared) -> nn.M
         return other if is_expanded(model) else plain(other)
 
     chosen = hook("revive", method)
-    run = run_of(copy.deepcopy(model), chosen, data, another)
+    run = run_of(copy.deepcopy(model), chosen, data, another if method == "grafting" else None)
     assert chosen.begin_round(run)
     run.epoch = run.round_epoch = 1
     chosen.after_epoch(run)
