@@ -49,7 +49,7 @@ class Input(Section):
     shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=3, max_length=3)
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
-    crop: Crop | None
+    crop: Crop | None = None  # older cards have none
 
 
 class Card(Section):
