@@ -60,12 +60,12 @@ class Run:
     best: dict[str, Tensor] | None = None  # the state dict with the best validation accuracy, where fit.select asks for it
     best_accuracy: float = -1.0
     fresh: Callable[[int], nn.Module] | None = None  # where this is the network's first training: draws the n-th other one
+    own: nn.Module | None = None  # the network that is validated, where a hook keeps it in `model` among others that it trains
 
     @property
     def network(self) -> nn.Module:
-        """The network that is validated: `model`, or the one that a hook calls `own` where it trains others beside it."""
-        own: nn.Module = getattr(self.model, "own", self.model)
-        return own
+        """The network that is validated."""
+        return self.model if self.own is None else self.own
 
     def another(self, number: int) -> nn.Module:
         """A further network to train beside `model`, on the CPU: with other initial weights for each `number` from 1 up where

@@ -14,6 +14,7 @@ from pipeline.averaging import Averaging
 from pipeline.data.batches import Batches, Prepared
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
+from pipeline.filters import strength
 from pipeline.hooks import BiasRate, Hook, Run, stable_seed
 from pipeline.overparameterize import collapse, kflo
 from pipeline.resume import Resume
@@ -220,3 +221,19 @@ def test_mistakes_are_told_beforehand() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             options(**bad)
+
+
+def dead(number: int) -> nn.Module:
+    """A network whose filters are all zero."""
+    model = network(number)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def test_the_picture_of_the_filters_is_of_the_runs_own_network(tiny: Prepared) -> None:
+    run = run_on(tiny, network(), fit(epochs=1))
+    run.fresh = dead
+    result = train(run, [create(options())])
+    expected = strength(result)
+    assert {key: run.history[0][key] for key in expected} == pytest.approx(expected, rel=1e-6) and expected["dead_filters"] == 0

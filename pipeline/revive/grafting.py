@@ -154,6 +154,7 @@ class Grafting(hooks.Hook):
         options, self.streams_epoch = self.options, -1
         if run.fresh is None and options.learning_rates == options.data == "same":
             run.notes.append("grafting: the networks start alike and see the same images at the same rate: only dropout parts them")
+        run.own = run.model
         run.model = Together(run.model, [run.another(number) for number in range(1, options.networks)])
 
     def parameter_rules(self, run: hooks.Run) -> dict[nn.Parameter, hooks.ParameterRule]:
@@ -193,7 +194,7 @@ class Grafting(hooks.Hook):
         if self.options.ship == "best":
             chosen = max(range(len(networks)), key=lambda i: (accuracies[i], i))  # of equals the run's own
         run.log("shipped", network=chosen + 1, networks=len(networks), validation_accuracy_of_each=accuracies)
-        run.model = networks[chosen]
+        run.model, run.own = networks[chosen], None
         if run.best:
             prefix = "own." if chosen == len(networks) - 1 else f"others.{chosen}."
             run.best = {name.removeprefix(prefix): value for name, value in run.best.items() if name.startswith(prefix)}
