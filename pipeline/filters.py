@@ -14,14 +14,14 @@ DEAD = 0.01
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
-def filter_norms(layer: nn.Conv2d) -> Tensor:
-    """The L1 norm of each filter: (O,), in fp32."""
-    return layer.weight.detach().float().abs().flatten(1).sum(1)
+def filter_norms(weight: Tensor) -> Tensor:
+    """The L1 norm of each filter, in fp32: (O, I, kh, kw) -> (O,)."""
+    return weight.detach().float().abs().sum((1, 2, 3))
 
 
 def strength(model: nn.Module) -> dict[str, float]:
     """Percentiles of the norms of all convolutions' filters, and the share of dead ones; empty where there is no convolution."""
-    norms = [filter_norms(layer) for _, layer in convolutions(model)]
+    norms = [filter_norms(layer.weight) for _, layer in convolutions(model)]
     if not norms:
         return {}
     every = torch.cat(norms)

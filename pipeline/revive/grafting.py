@@ -101,7 +101,7 @@ def graft(networks: Sequence[nn.Module], *, strength: float, steepness: float, b
 
 
 def _mean_norms(model: nn.Module) -> list[float]:
-    return torch.stack([filter_norms(layer).mean() for _, layer in convolutions(model)]).tolist()
+    return torch.stack([filter_norms(layer.weight).mean() for _, layer in convolutions(model)]).tolist()
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Any, str]]:

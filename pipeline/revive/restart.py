@@ -177,7 +177,7 @@ def reset_filters(
     layers, done = dict(convolutions(model)), []
     for name, filters in useless.items():
         layer: Any = layers[name]
-        before = filter_norms(layer)[filters].mean()
+        before = filter_norms(layer.weight)[filters].mean()
         if batchnorm == "reset":
             renew(layer, _index(filters, layer.weight))
         new = draw(layer.weight.detach(), filters, reset, scope, generator)
@@ -194,7 +194,7 @@ def reset_filters(
             ):
                 if tensor is not None:
                     tensor[filters] = value
-        norms = {"mean_norm_before": float(before), "mean_norm_after": float(filter_norms(layer)[filters].mean())}
+        norms = {"mean_norm_before": float(before), "mean_norm_after": float(filter_norms(layer.weight)[filters].mean())}
         done.append({"name": name, "filters": len(filters), **norms})
     return done
 

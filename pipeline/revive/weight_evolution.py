@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from pipeline import hooks
 from pipeline.config import Block
 from pipeline.errors import InputError, allow
+from pipeline.filters import filter_norms
 from pipeline.layers import convolutions, edit, filtering_layers
 
 IN_EPOCHS = ("period", "steepness")  # options that count epochs of the training
@@ -95,7 +96,7 @@ def evolve(
     waiting = {} if waiting is None else waiting
     layers = dict(convolutions(model))
     patience = len(layers) / force if force else math.inf
-    norms = {name: _norms(layer.weight) for name, layer in layers.items()}
+    norms = {name: filter_norms(layer.weight) for name, layer in layers.items()}
     relative = [norms[name] / (layer.in_channels // layer.groups) for name, layer in layers.items()]
     matched, touched = _match(relative, share, local, "filters", waiting, patience), []
     for (name, layer), (inferior, dominant) in zip(layers.items(), matched, strict=True):
@@ -105,7 +106,7 @@ def evolve(
         weight = layer.weight.detach()
         new = crossover(weight[inferior], weight[dominant], rule).to(weight.dtype)
         edit(layer, "weight", lambda old, at=inferior, new=new: old.index_copy(0, at, new))
-        after = float(_norms(layer.weight)[inferior].mean())
+        after = float(filter_norms(layer.weight)[inferior].mean())
         touched.append({"name": name, "filters": len(inferior), "mean_norm_before": before, "mean_norm_after": after})
     counts = {
         kind: _evolve_norms(model, kind, tensor, norm_share, local, waiting, patience)
@@ -118,7 +119,7 @@ def crossover(weak: Tensor, strong: Tensor, rule: str) -> Tensor:
     """What inferior filters (F, I, kh, kw) become by their dominant partners of the same shape."""
     weak, strong = weak.float(), strong.float()
     if weak.shape[2] == 1:
-        return _blend(weak, strong, _norms(weak)[:, None, None, None], _norms(strong)[:, None, None, None])
+        return _blend(weak, strong, filter_norms(weak)[:, None, None, None], filter_norms(strong)[:, None, None, None])
     old, strong = weak.flatten(2), strong.flatten(2)  # (F, I, kh, kw) -> (F, I, kh kw)
     least = old.abs().argmin(2, keepdim=True)
     small, large = old.gather(2, least), strong.gather(2, strong.abs().argmax(2, keepdim=True))  # (F, I, 1)
@@ -133,11 +134,6 @@ def _blend(weak: Tensor, strong: Tensor, weak_size: Tensor, strong_size: Tensor)
     """The mean of both, weighted with their sizes; `weak` where both are 0."""
     alpha = weak_size / (weak_size + strong_size)
     return torch.where(weak_size + strong_size > 0, alpha * weak + (1 - alpha) * strong, weak)
-
-
-def _norms(weight: Tensor) -> Tensor:
-    """L1 norm of every filter, in fp32: (F, I, kh, kw) -> (F,)."""
-    return weight.detach().float().abs().sum((1, 2, 3))
 
 
 def _evolve_norms(
