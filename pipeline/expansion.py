@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.errors import InputError
+from pipeline.layers import turn
 
 Expandable = nn.modules.conv._ConvNd | nn.Linear
 Chosen = Callable[[str, nn.Module], bool] | Sequence[str]  # a predicate on (qualified name, layer), or patterns of names
@@ -112,11 +113,7 @@ class Kernel(Computed):
 
     def turn(self, kernel: Tensor) -> Tensor:
         """A transposed convolution keeps (I, O/groups, ...) where filters are (O, I/groups, ...); the way back is the same."""
-        if not self.transposed:
-            return kernel
-        rows, columns, *size = kernel.shape
-        grouped = kernel.reshape(self.groups, rows // self.groups, columns, *size)
-        return grouped.transpose(1, 2).reshape(self.groups * columns, rows // self.groups, *size)
+        return turn(kernel, self.groups) if self.transposed else kernel
 
 
 def filters_of(layer: Expandable) -> tuple[int, int, tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Filtering layers, their effective weights, and the small layers that surgery puts between them.
 
-A filtering layer is an `nn.Conv2d` or `nn.Linear`. Its `weight` is always the *effective* kernel: a plain parameter, or what
-a parametrisation (`torch.nn.utils.parametrize`) computes from larger tensors. Reading and assigning `layer.weight` works for
-both, so a method written on effective kernels serves expanded and plain networks alike.
+A filtering layer is an `nn.Conv2d`, `nn.ConvTranspose2d` or `nn.Linear`. Its `weight` is always the *effective* kernel: a plain
+parameter, or what a parametrisation (`torch.nn.utils.parametrize`) computes from larger tensors. Reading and assigning
+`layer.weight` works for both, so a method written on effective kernels serves expanded and plain networks alike.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-FilteringLayer = nn.Conv2d | nn.Linear
+FilteringLayer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+BESIDE = ("redirect", "select", "layer", "shuffle")  # a layer among the modules put before and behind it, in this order
 
 
 class ChannelPad(nn.Module):
@@ -31,25 +32,31 @@ class ChannelPad(nn.Module):
 
 
 class ChannelSelect(nn.Module):
-    """The channels at `index`, in that order: (B, C, ...) -> (B, len(index), ...)."""
+    """The channels at `index`, in that order: (B, C, ...) -> (B, len(index), ...), or on another axis."""
 
     index: Tensor
 
-    def __init__(self, index: Tensor) -> None:
+    def __init__(self, index: Tensor, axis: int = 1) -> None:
         super().__init__()
         self.register_buffer("index", index.clone())
+        self.axis = axis
+
+    @staticmethod
+    def before(layer: nn.Module, index: Tensor) -> "ChannelSelect":
+        """One on the axis that the layer takes its channels from: a linear layer's is the last."""
+        return ChannelSelect(index, -1 if isinstance(layer, nn.Linear) else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.index)
+        return x.index_select(self.axis, self.index)
 
     def extra_repr(self) -> str:
         return str(len(self.index))
 
 
 def filtering_layers(model: nn.Module) -> Iterator[tuple[str, FilteringLayer]]:
-    """Every convolution and linear layer with its qualified name, in the order of definition."""
+    """Every convolution, transposed or not, and linear layer with its qualified name, in the order of definition."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, FilteringLayer):
             yield name, module
 
 
@@ -62,6 +69,39 @@ def convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
             if weight not in seen:
                 seen.add(weight)
                 yield name, module
+
+
+def turn(kernel: Tensor, groups: int) -> Tensor:
+    """The kernels (I, O/groups, ...) of a transposed convolution as filters (O, I/groups, ...); the way back is the same."""
+    rows, columns, *size = kernel.shape
+    grouped = kernel.reshape(groups, rows // groups, columns, *size)
+    return grouped.transpose(1, 2).reshape(groups * columns, rows // groups, *size)
+
+
+def like(old: Tensor, new: Tensor) -> nn.Parameter:
+    """`new` as a parameter that trains where `old` did."""
+    return nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad)
+
+
+def insert(model: nn.Module, name: str, key: str, module: nn.Module) -> None:
+    """Put `module` beside the layer `name`, as `key` of BESIDE; the layer becomes `name.layer`, or is it already."""
+    parent, _, child = name.rpartition(".")
+    owner: Any = model.get_submodule(parent)
+    if child == "layer" and {*owner._modules} <= {*BESIDE}:
+        parts = {**owner._modules, key: module}
+        name = parent
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+    else:
+        there = owner.get_submodule(child)
+        wrapped = isinstance(there, nn.Sequential) and "layer" in there._modules and {*there._modules} <= {*BESIDE}
+        parts = {**there._modules, key: module} if wrapped else {"layer": there, key: module}
+    sequence = nn.Sequential()
+    for part in BESIDE:
+        if part in parts:
+            sequence.add_module(part, parts[part])
+    sequence.train(owner.training)
+    setattr(owner, child, sequence)
 
 
 def expanded(layer: nn.Module) -> bool:

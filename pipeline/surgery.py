@@ -1,12 +1,15 @@
 """The smaller network: given which channels each layer reads, cut away every channel that nobody reads.
 
 `shrink(model, shape, reads)` gives a new network that computes exactly what the old one computes with the channels that a layer
-does not read at zero, for that layer. A channel disappears from its producer, from normalisation and from every add it takes
-part in when none of its readers wants it; a reader that wants less than what is left gets a `ChannelSelect` in front. Layers that
-are over-parameterised are cut in their own parameters, so that shrinking and collapsing commute.
+does not read at zero, for that layer. A channel disappears from its producer, from normalisation and from every add and product it
+takes part in when none of its readers wants it; a reader that wants less than what is left gets a `ChannelSelect` in front. The
+groups of a grouped layer stay equal: one that would be smaller than another keeps channels, with kernels of zeros where the layer
+did not read them. Layers that are over-parameterised are cut in their own parameters, so that shrinking and collapsing commute.
 """
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,192 +18,251 @@ from torch.nn.utils import parametrize
 
 from pipeline.channels import Channels, follow
 from pipeline.errors import InputError
-from pipeline.layers import ChannelPad, ChannelSelect, FilteringLayer
+from pipeline.layers import ChannelSelect, FilteringLayer, insert, like, turn
 
 Shape = tuple[int, int, int]
 
 
-def shrink(model: nn.Module, input_shape: Shape, reads: dict[str, Tensor]) -> nn.Module:
+@dataclass
+class Cut:
+    """What stays: ids of channels, and positions of what each filtering layer makes (`outputs`) and reads (`columns`, one list for
+    each group that stays; False in `real`: with a kernel of zeros)."""
+
+    alive: set[int]
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    columns: dict[str, list[list[int]]] = field(default_factory=dict)
+    real: dict[str, list[list[bool]]] = field(default_factory=dict)
+
+
+def shrink(
+    model: nn.Module, input_shape: Shape, reads: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> nn.Module:
     """A smaller copy of `model`.
 
     `reads` has, for some filtering layers, a boolean tensor over the input channels (features of a linear layer) that the layer
-    shall read; a layer without an entry reads all. `InputError` names a layer that would be left without any channel, and a
-    grouped convolution whose groups would become unequal.
+    shall read; a layer without an entry reads all. A layer whose outputs nobody reads keeps one. With an `optimizer` of the
+    model's parameters, it becomes one of the copy's, and its running averages go through the same cut. `InputError` names a layer
+    that would be left without inputs, and an over-parameterised one whose groups would keep different channels.
     """
     channels = follow(model, input_shape)
-    for name, mask in reads.items():
-        if name not in channels.inputs or len(mask) != len(channels.inputs[name]):
-            raise InputError(f"surgery: there is no layer {name} that reads {len(mask)} channels")
-    alive = living(channels, reads)
+    found = plan(channels, reads)
     smaller = copy.deepcopy(model)
-    modules: list[tuple[str, Any]] = list(smaller.named_modules())
-    for name, module in modules:
-        if name in channels.inputs:
-            _cut_filtering(smaller, name, module, channels, alive, reads.get(name))
-        elif name in channels.channelwise:
-            _cut_channelwise(name, module, _positions(channels, channels.channelwise[name], alive))
-        elif name in channels.pads:
-            module.before, module.after = (len(_positions(channels, ids, alive)) for ids in channels.pads[name])
-        elif name in channels.selects:
-            _cut_select(module, channels, alive, *channels.selects[name])
+    wrapped = _cut(smaller, channels, found)
+    if optimizer is not None:
+        _carry(optimizer, model, smaller, channels, found, wrapped)
     return smaller
 
 
-def living(channels: Channels, reads: dict[str, Tensor]) -> set[int]:
-    """The ids of the channels that stay: pinned, or read by a layer."""
-    alive = set(channels.pins())
-    for name, ids in channels.inputs.items():
-        mask = reads[name].tolist() if name in reads else [True] * len(ids)
-        alive.update(channels.find(channel) for channel, wanted in zip(ids, mask, strict=True) if wanted)
-    return alive
-
-
 def drop(channels: Channels, dropped: set[int]) -> dict[str, Tensor]:
-    """What every layer reads when the channels in `dropped` (ids as `find` gives them) are read by none."""
-    return {name: torch.tensor([channels.find(channel) not in dropped for channel in ids]) for name, ids in channels.inputs.items()}
+    """What every layer reads when the channels in `dropped` are read by none."""
+    dropped = set(dropped)
+    for _, slots, sources in channels.redirects.values():  # in the order of the network: one pass is enough
+        dropped.update(slot for slot, source in zip(slots, sources, strict=True) if source in dropped)
+    return {name: torch.tensor([channel not in dropped for channel in ids]) for name, ids in channels.inputs.items()}
 
 
-def _positions(channels: Channels, ids: list[int], alive: set[int]) -> Tensor:
-    return torch.tensor([i for i, channel in enumerate(ids) if channels.find(channel) in alive], dtype=torch.long)
+def plan(channels: Channels, reads: Mapping[str, Tensor]) -> Cut:
+    """What stays when the layers read what `reads` says."""
+    wanted = {name: [True] * len(ids) for name, ids in channels.inputs.items()}
+    for name, mask in reads.items():
+        if name not in wanted or len(mask) != len(wanted[name]):
+            raise InputError(f"surgery: there is no layer {name} that reads {len(mask)} channels")
+        wanted[name] = mask.tolist()
+        if not any(wanted[name]):
+            raise InputError(f"surgery: layer {name} would be left without inputs")
+    found, size = Cut(set(channels.pinned)), -1
+    while size < len(found.alive):  # against the order of the network once; again where a later layer feeds an earlier list
+        size = len(found.alive)
+        for name in reversed(channels.inputs):
+            _read(channels, found, name, wanted[name])
+        for _, slots, sources in channels.redirects.values():
+            found.alive.update(source for slot, source in zip(slots, sources, strict=True) if slot in found.alive)
+    for name, ids in channels.outputs.items():
+        found.outputs[name] = [i for i, channel in enumerate(ids) if channel in found.alive]
+    return found
 
 
-def _cut_filtering(model: nn.Module, name: str, layer: Any, channels: Channels, alive: set[int], mask: Tensor | None) -> None:
-    outputs = _positions(channels, channels.outputs[name], alive)
-    there = _positions(channels, channels.inputs[name], alive)
-    wanted = there if mask is None else there[mask.to("cpu")[there]]
-    if not len(outputs) or not len(wanted):
-        raise InputError(f"surgery: layer {name} would be left without {'inputs' if len(outputs) else 'outputs'}")
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        _cut_grouped(name, layer, outputs, wanted)
+@dataclass
+class Widths:
+    """Of filtering layers inputs, outputs and groups; of batch norms and depthwise convolutions channels."""
+
+    filtering: dict[str, tuple[int, int, int]]
+    channelwise: dict[str, int]
+
+
+def widths(channels: Channels, reads: Mapping[str, Tensor]) -> Widths:
+    """The widths of the network that `shrink` would make."""
+    found = plan(channels, reads)
+    filtering = {name: (sum(map(len, parts)), len(found.outputs[name]), len(parts)) for name, parts in found.columns.items()}
+    own = {name: sum(channel in found.alive for channel in ids) for name, ids in channels.channelwise.items()}
+    return Widths(filtering, own)
+
+
+def _read(channels: Channels, found: Cut, name: str, wanted: list[bool]) -> None:
+    """Let what the layer reads stay, and of its groups as much as keeps them equal."""
+    inputs, outputs = channels.inputs[name], channels.outputs[name]
+    parts = channels.groups.get(name, [(inputs, outputs)])
+    alive, width = found.alive, len(parts[0][0])
+    staying = [group for group, (_, made) in enumerate(parts) if any(channel in alive for channel in made)] or [0]
+    most = max(1, *(sum(channel in alive for channel in parts[group][1]) for group in staying))
+    for group in staying:
+        made = parts[group][1]
+        spare = [channel for channel in made if channel not in alive]
+        alive.update(spare[: most - (len(made) - len(spare))])
+    asked = [[i for i in range(width) if wanted[group * width + i]] for group in staying]
+    count = max(map(len, asked))
+    if not count:
+        raise InputError(f"surgery: layer {name} would be left without inputs")
+    found.columns[name], found.real[name] = [], []
+    for group, chosen in zip(staying, asked, strict=True):
+        read = parts[group][0]
+        spare = sorted({*range(width)} - {*chosen}, key=lambda i, read=read: (read[i] not in alive, i))
+        taken = sorted(chosen + spare[: count - len(chosen)])
+        found.columns[name].append([group * width + i for i in taken])
+        found.real[name].append([i in {*chosen} for i in taken])
+        alive.update(read[i] for i in taken)
+
+
+def _cut(model: nn.Module, channels: Channels, found: Cut) -> list[str]:
+    """Cut every layer of `model` in place; the names of those that got a module in front."""
+    wrapped: list[str] = []
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    stays = lambda ids: torch.tensor([i for i, channel in enumerate(ids) if channel in found.alive], dtype=torch.long)  # noqa: E731
+    for name, module in modules:
+        if name in channels.inputs:
+            wrapped += [name] * _cut_filtering(model, name, module, channels, found, stays(channels.inputs[name]))
+        elif name in channels.channelwise:
+            cut_channelwise(module, stays(channels.channelwise[name]))
+        elif name in channels.pads:
+            module.before, module.after = (len(stays(ids)) for ids in channels.pads[name])
+        elif name in channels.selects:
+            _cut_select(module, *map(stays, channels.selects[name]))
+        elif name in channels.redirects:
+            read, slots, _ = channels.redirects[name]
+            module.keep(stays(slots), stays(read))
+    return wrapped
+
+
+def _cut_filtering(model: nn.Module, name: str, layer: Any, channels: Channels, found: Cut, there: Tensor) -> bool:
+    """Whether a select was put in front."""
+    outputs, columns = torch.tensor(found.outputs[name]), torch.tensor(found.columns[name])  # (O,), (groups, I / groups)
+    if name in channels.groups:
+        _cut_grouped(name, layer, outputs, columns, torch.tensor(found.real[name]))
     else:
-        keep(layer, outputs, wanted)
-    if len(wanted) < len(there):
-        _wrap(model, name, torch.searchsorted(there, wanted))
+        keep(layer, outputs, columns[0])
+    wanted = columns.flatten()
+    if len(wanted) == len(there):
+        return False
+    narrowed = torch.searchsorted(there, wanted).to(next(layer.parameters()).device)
+    select: Any = model.get_submodule(name.removesuffix("layer") + "select") if _has_select(model, name) else None
+    if select is not None:
+        select.index = select.index[narrowed]
+        return False
+    insert(model, name, "select", ChannelSelect.before(layer, narrowed))
+    return True
+
+
+def _has_select(model: nn.Module, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    return child == "layer" and "select" in model.get_submodule(parent)._modules
 
 
 def keep(layer: FilteringLayer, outputs: Tensor, inputs: Tensor) -> None:
-    """Keep only some outputs and inputs of a layer without groups, in place, plain or over-parameterised."""
+    """Keep only some outputs of a layer and some inputs of each of its groups, in place, plain or over-parameterised."""
+    groups = getattr(layer, "groups", 1)
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    per_group = _outputs_of(layer) // groups
+    staying = len(torch.unique(outputs // per_group))
     for tensor in ("weight", "bias"):
         if parametrize.is_parametrized(layer, tensor):
-            layer.parametrizations[tensor][0].keep(outputs, inputs)  # type: ignore[index]
+            computed: Any = layer.parametrizations[tensor][0]  # type: ignore[index]
+            computed.keep(outputs, inputs)
+            computed.groups = staying
         elif tensor == "weight":
-            layer.weight = _like(layer.weight, layer.weight[outputs][:, inputs])
+            kernels = turn(layer.weight, groups) if transposed else layer.weight
+            kernels = kernels[outputs][:, inputs]
+            layer.weight = like(layer.weight, turn(kernels, staying) if transposed else kernels)
         elif layer.bias is not None:
-            layer.bias = _like(layer.bias, layer.bias[outputs])
-    if isinstance(layer, nn.Conv2d):
-        layer.out_channels, layer.in_channels = len(outputs), len(inputs)
-    else:
+            layer.bias = like(layer.bias, layer.bias[outputs])
+    if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = len(outputs), len(inputs)
-
-
-def _like(old: Tensor, new: Tensor) -> nn.Parameter:
-    """`new` as a parameter that trains where `old` did."""
-    return nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad)
-
-
-def _cut_grouped(name: str, layer: nn.Conv2d, outputs: Tensor, inputs: Tensor) -> None:
-    """Drop whole groups, and in those that stay the same number of channels in each."""
-    group_in, group_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    inside = [inputs[inputs // group_in == g] % group_in for g in range(layer.groups)]
-    made = [int((outputs // group_out == g).sum()) for g in range(layer.groups)]
-    shapes = {(len(i), o) for i, o in zip(inside, made, strict=True) if len(i) or o}
-    if len(shapes) != 1 or 0 in next(iter(shapes)):
-        raise InputError(f"surgery: the {layer.groups} groups of layer {name} would keep different numbers of channels")
-    staying = [columns for columns in inside if len(columns)]
-    if any(not torch.equal(columns, staying[0]) for columns in staying) and parametrize.is_parametrized(layer):
-        raise InputError(f"surgery: the groups of layer {name} would keep different channels; collapse the network first")
-    if parametrize.is_parametrized(layer):
-        keep(layer, outputs, staying[0])
     else:
-        columns = torch.stack([inside[group] for group in (outputs // group_out).tolist()])  # (outputs, inputs a group)
-        columns = columns.to(layer.weight.device)
-        kernels = layer.weight.detach()[outputs]
-        keep(layer, outputs, staying[0])
-        layer.weight = _like(layer.weight, kernels.gather(1, columns[..., None, None].expand(-1, -1, *kernels.shape[2:])))
-    layer.groups, layer.in_channels = len(staying), len(inputs)
+        layer.out_channels, layer.in_channels, layer.groups = len(outputs), len(inputs) * staying, staying
 
 
-def _cut_channelwise(name: str, module: Any, kept: Tensor) -> None:
+def _outputs_of(layer: FilteringLayer) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _cut_grouped(name: str, layer: Any, outputs: Tensor, columns: Tensor, real: Tensor) -> None:
+    """Keep `columns` (groups, I / groups), inputs by their positions, of the groups that stay; False in `real`: zeros there."""
+    inside = columns % (layer.in_channels // layer.groups)
+    per_group, groups = layer.out_channels // layer.groups, layer.groups
+    alike = bool(real.all()) and all(torch.equal(row, inside[0]) for row in inside)
+    if alike:
+        keep(layer, outputs, inside[0])
+        return
+    if parametrize.is_parametrized(layer):
+        raise InputError(f"surgery: the groups of layer {name} would keep different channels; collapse the network first")
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    kernels = (turn(layer.weight, groups) if transposed else layer.weight).detach()[outputs]
+    row = torch.searchsorted(torch.unique(outputs // per_group), outputs // per_group).to(kernels.device)
+    picked, real = inside.to(kernels.device)[row], real.to(kernels.device)[row]  # (O, I / groups)
+    kernels = kernels.gather(1, picked[..., None, None].expand(-1, -1, *kernels.shape[2:])) * real[..., None, None]
+    keep(layer, outputs, inside[0])
+    layer.weight = like(layer.weight, turn(kernels, len(columns)) if transposed else kernels)
+
+
+def cut_channelwise(module: Any, kept: Tensor) -> None:
     """Keep some channels of a batch norm or a depthwise convolution."""
-    if not len(kept):
-        raise InputError(f"surgery: layer {name} would be left without channels")
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         keep(module, kept, torch.zeros(1, dtype=torch.long))
-        module.groups = module.in_channels = len(kept)
         return
     for tensor in ("weight", "bias"):
         if getattr(module, tensor) is not None:
-            setattr(module, tensor, _like(getattr(module, tensor), getattr(module, tensor)[kept]))
+            setattr(module, tensor, like(getattr(module, tensor), getattr(module, tensor)[kept]))
     for buffer in ("running_mean", "running_var"):
         if getattr(module, buffer) is not None:
             setattr(module, buffer, getattr(module, buffer)[kept].clone())
     module.num_features = len(kept)
 
 
-def _cut_select(module: Any, channels: Channels, alive: set[int], read: list[int], made: list[int]) -> None:
-    there = _positions(channels, read, alive)
-    wanted = module.index.cpu()[_positions(channels, made, alive)]
-    module.index = torch.searchsorted(there, wanted).to(module.index.device)
+def _cut_select(module: Any, there: Tensor, made: Tensor) -> None:
+    module.index = torch.searchsorted(there, module.index.cpu()[made]).to(module.index.device)
 
 
-def _wrap(model: nn.Module, name: str, index: Tensor) -> None:
-    """Put a `ChannelSelect` in front of the layer `name`, which becomes `name.layer`; or narrow the one that is there."""
-    parent, _, child = name.rpartition(".")
-    owner: Any = model.get_submodule(parent)
-    layer = owner.get_submodule(child)
-    index = index.to(next(layer.parameters()).device)
-    if isinstance(owner, nn.Sequential) and list(owner._modules) == ["select", "layer"] and child == "layer":
-        select: Any = owner.get_submodule("select")
-        select.index = select.index[index]
-        return
-    wrapped = nn.Sequential()
-    wrapped.add_module("select", ChannelSelect(index))
-    wrapped.add_module("layer", layer)
-    setattr(owner, child, wrapped)
+def _carry(
+    optimizer: torch.optim.Optimizer, model: nn.Module, smaller: nn.Module, channels: Channels, found: Cut, wrapped: list[str]
+) -> None:
+    """Make `optimizer` one of `smaller`. A running average is cut as the tensor it belongs to: inside a copy of the model."""
+    cut = dict(smaller.named_parameters())
+    moved: dict[Tensor, nn.Parameter] = {old: cut[_renamed(name, wrapped)] for name, old in model.named_parameters()}
+    states: dict[Tensor, dict[str, Any]] = {moved[old]: copy.deepcopy(state) for old, state in optimizer.state.items()}
+    averages = {key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, Tensor)}
+    for key in averages:
+        holder = copy.deepcopy(model)
+        for old, held in zip(model.parameters(), holder.parameters(), strict=True):
+            value = optimizer.state.get(old, {}).get(key)
+            held.data = value.clone() if _is_average(value, old) else torch.zeros_like(old)
+        _cut(holder, channels, found)
+        by_name = dict(holder.named_parameters())
+        for name, old in model.named_parameters():
+            if _is_average(optimizer.state.get(old, {}).get(key), old):
+                new = moved[old]
+                # In the parameter's memory order: fused optimisers walk through memory, not through indices.
+                states[new][key] = torch.empty_like(new).copy_(by_name[_renamed(name, wrapped)].detach())
+    for group in optimizer.param_groups:
+        group["params"] = [moved[old] for old in group["params"]]
+    optimizer.state.clear()
+    for new, state in states.items():
+        optimizer.state[new] = state
 
 
-def structure(model: nn.Module) -> dict[str, Any]:
-    """The channels of every layer, as JSON: what `restructure` needs to make the same modules again."""
-    found: dict[str, dict[str, Any]] = {"selects": {}, "filtering": {}, "biases": {}, "norms": {}, "pads": {}}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            found["filtering"][name] = [module.in_channels, module.out_channels, module.groups]
-        elif isinstance(module, nn.Linear):
-            found["filtering"][name] = [module.in_features, module.out_features, 1]
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            found["norms"][name] = module.num_features
-        elif isinstance(module, ChannelPad):
-            found["pads"][name] = [module.before, module.after]
-        elif isinstance(module, ChannelSelect):
-            found["selects"][name.removesuffix(".select")] = len(module.index)
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            found["biases"][name] = module.bias is not None
-    return found
+def _is_average(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape and parameter.ndim > 0
 
 
-def restructure(model: nn.Module, wanted: dict[str, Any]) -> None:
-    """Give the layers of a freshly built `model` the channels that `structure` found, in place; their values are arbitrary.
-
-    `InputError` where a layer would need more channels than it has.
-    """
-    for name, length in wanted["selects"].items():
-        _wrap(model, name, torch.zeros(length, dtype=torch.long))
-    for name, (inputs, outputs, groups) in wanted["filtering"].items():
-        layer: Any = model.get_submodule(name)
-        there = structure(layer)["filtering"][""]
-        if inputs > there[0] or outputs > there[1]:
-            raise InputError(f"surgery: layer {name} has {there[0]} inputs and {there[1]} outputs, not {inputs} and {outputs}")
-        if there != [inputs, outputs, groups]:
-            keep(layer, torch.arange(outputs), torch.arange(inputs // groups))
-            if isinstance(layer, nn.Conv2d):
-                layer.groups, layer.in_channels = groups, inputs
-    for name, biased in wanted["biases"].items():
-        layer = model.get_submodule(name)
-        if biased and layer.bias is None:  # merging branches can add one
-            layer.bias = nn.Parameter(layer.weight.new_empty(wanted["filtering"][name][1]))
-    for name, count in wanted["norms"].items():
-        if model.get_submodule(name).num_features != count:
-            _cut_channelwise(name, model.get_submodule(name), torch.arange(count))
-    for name, (before, after) in wanted["pads"].items():
-        pad: Any = model.get_submodule(name)
-        pad.before, pad.after = before, after
+def _renamed(name: str, wrapped: list[str]) -> str:
+    """The name of a tensor of a layer that became `layer` of its own name."""
+    owner = next((layer for layer in wrapped if name.startswith(f"{layer}.")), None)
+    return name if owner is None else f"{owner}.layer.{name.removeprefix(f'{owner}.')}"

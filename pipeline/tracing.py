@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from torch import fx, nn
 
 from pipeline.errors import InputError
-from pipeline.layers import ChannelPad, ChannelSelect
+from pipeline.involution import Involve
+from pipeline.layers import ChannelPad, ChannelSelect, FilteringLayer
+from pipeline.redirect import Redirect
 
 
 class Tracer(fx.Tracer):
     """Looks into no layer that surgery knows."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, ChannelPad, ChannelSelect)
+        own = (FilteringLayer, nn.modules.batchnorm._BatchNorm, ChannelPad, ChannelSelect, Involve, Redirect)
         return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -78,7 +78,8 @@ def masked(model: nn.Module, reads: dict[str, Tensor]) -> nn.Module:
     model = copy.deepcopy(model)
 
     def zero(mask: Tensor) -> Callable[..., Tensor]:
-        return lambda module, inputs: torch.where(mask.reshape(1, -1, *[1] * (inputs[0].ndim - 2)), inputs[0], 0.0)
+        behind = lambda module, x: 0 if isinstance(module, nn.Linear) else x.ndim - 2  # noqa: E731  # axes behind the channels
+        return lambda module, inputs: torch.where(mask.reshape(-1, *[1] * behind(module, inputs[0])), inputs[0], 0.0)
 
     for name, mask in reads.items():
         model.get_submodule(name).register_forward_pre_hook(zero(mask))
@@ -129,6 +130,17 @@ class Branches(nn.Module):
         return torch.cat([left, right, left], 1) if self.join == "cat" else left + right
 
 
+class Attention(nn.Module):
+    """Squeeze and excite: every channel scaled by what the means of all say."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.squeeze, self.excite = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()))
+
+
 class Subsample(nn.Module):
     """Option A: every second pixel, zero channels on both sides."""
 
@@ -156,11 +168,14 @@ def block(kind: str, inputs: int, outputs: int) -> tuple[list[nn.Module], int]:
         "pad": lambda: ([Branches(Unit(inputs, wider, stride=2), Subsample(before, wider - inputs - before), "add")], wider),
         "cat": lambda: ([Branches(Unit(inputs, outputs), nn.Identity(), "cat"), nn.BatchNorm2d(joined)], joined),
         "depthwise": lambda: ([depthwise, nn.BatchNorm2d(inputs), nn.ReLU(), Unit(inputs, outputs, kernel=1)], outputs),
+        "groups": lambda: ([Unit(inputs, outputs, groups=2 if inputs % 2 == 0 else 1), Unit(outputs, inputs)], inputs),
+        "attention": lambda: ([Attention(inputs, outputs)], inputs),
+        "transposed": lambda: ([nn.ConvTranspose2d(inputs, outputs, 3, padding=1), nn.ReLU()], outputs),
     }  # fmt: skip
     return made[kind]()
 
 
-KINDS = ("unit", "plain", "pool", "identity", "projection", "pad", "cat", "depthwise")
+KINDS = ("unit", "plain", "pool", "identity", "projection", "pad", "cat", "depthwise", "groups", "attention", "transposed")
 
 
 @st.composite
@@ -194,13 +209,15 @@ def drawn(program: dict[str, Any], shape: Shape = (3, 8, 8)) -> nn.Module:
 
 
 def draw_reads(model: nn.Module, shape: Shape, seed: int, share: float = 0.6) -> dict[str, Tensor]:
-    """What each layer shall read: about `share` of its channels, but for some layers that read all and those with groups."""
+    """What each layer shall read: about `share` of its channels, but for some layers that read all. Expanded layers with groups
+    read all: surgery refuses to give their groups different channels."""
     generator = torch.Generator().manual_seed(seed)
     layers = dict(filtering_layers(model))
     reads = {}
     for name, ids in follow(model, shape).inputs.items():
         mask = torch.rand(len(ids), generator=generator) < share
         mask[int(torch.randint(len(ids), (), generator=generator))] = True
-        if getattr(layers[name], "groups", 1) == 1 and float(torch.rand((), generator=generator)) < 0.8:
+        whole = getattr(layers[name], "groups", 1) > 1 and is_expanded(layers[name])
+        if float(torch.rand((), generator=generator)) < 0.8 and not whole:
             reads[name] = mask
     return reads

@@ -45,7 +45,6 @@ def attention(net: Any, x: Tensor) -> Tensor:
 
 # What mixes channels, or names them by number, in ways that `follow` does not know; and what it calls them.
 MIXED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "multiplication": (attention, "mul"),
     "parameter per channel": (lambda net, x: x * net.scale, "mul"),
     "added parameter": (lambda net, x: x + net.scale, "add"),
     "added on the left": (lambda net, x: net.scale + x, "add"),
@@ -53,10 +52,13 @@ MIXED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "features on the last axis": (lambda net, x: x + x.mean((2, 3)), "add"),
     "prelu": (lambda net, x: net.prelu(x), "PReLU"),
     "group norm": (lambda net, x: net.group_norm(x), "GroupNorm"),
-    "transposed convolution": (lambda net, x: net.up(x), "ConvTranspose2d"),
     "softmax": (lambda net, x: torch.softmax(x, 1), "softmax"),
     "reshape": (lambda net, x: x.reshape(x.shape[0], 8, 16, 4), "reshape"),
     "shuffle": (lambda net, x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2), "unflatten"),
+    "width as a number": (
+        lambda net, x: net.excite(net.squeeze(F.adaptive_avg_pool2d(x, 1).view(x.size(0), 8)[:, :, None, None])),
+        "view",
+    ),
     "slice": (lambda net, x: torch.cat([x[:, 4:], x[:, :4]], 1), "getitem"),
     "chunk": (lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1), "chunk"),
     "rows joined": (lambda net, x: torch.cat([x, x], 2), "cat"),
@@ -78,6 +80,12 @@ KNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "number added": lambda net, x: net.again(x + 1),
     "concatenation": lambda net, x: torch.cat((s := net.squeeze(x), s.relu()), dim=1),
     "average as a map": lambda net, x: x + net.excite(net.squeeze(x.mean((2, 3), keepdim=True))),
+    "attention": attention,
+    "product of maps": lambda net, x: net.again(x) * x,
+    "transposed convolution": lambda net, x: net.up(x),
+    "features on the last axis": lambda net, x: net.along(x.permute(0, 2, 3, 1)).relu().permute(0, 3, 1, 2),
+    "rows and columns of zeros": lambda net, x: net.again(F.pad(x, (1, 0, 2, 0))),
+    "view": lambda net, x: net.excite(net.squeeze(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)[:, :, None, None])),
     "interpolation": lambda net, x: F.interpolate(net.again(F.avg_pool2d(x, 2)), scale_factor=2.0),
 }
 
