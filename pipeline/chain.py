@@ -12,11 +12,13 @@ from torch import nn
 from pipeline import checkpoint, methods
 from pipeline.config import Augment, Fit, Runtime, lookup, parse
 from pipeline.data.batches import Batches, Prepared, SplitName, load
+from pipeline.distillation import Distillation
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, pick_device
 from pipeline.hooks import Hook, Run
 from pipeline.records import Record
 from pipeline.resume import Resume, fingerprint
+from pipeline.sensitivity import around
 from pipeline.training import train
 
 EVALUATION_BATCH = 256  # images; results do not depend on it but for rounding
@@ -58,11 +60,13 @@ def train_stage(
     hooks: Sequence[Hook] = (),
     inputs: Sequence[Path] = (),
     fresh: Callable[[int], nn.Module] | None = None,
+    blank: Callable[[], nn.Module] | None = None,
     out: Path,
 ) -> None:
     """Train `model` with `hooks` and write `out`/model and `out`/record.json.
 
-    `inputs` are the files that the model came from; `fresh` is as in `Run`. The hooks of the card's over-parameterisation join by
+    `inputs` are the files that the model came from; `fresh` and `blank` are as in `Run`; by default the card says what is
+    drawn. The hooks of the card's over-parameterisation join by
     themselves. The test split is touched once, after the last epoch.
     """
     stage, seed = record.identity["stage"], record.identity["seed"]
@@ -71,10 +75,18 @@ def train_stage(
     resume = Resume(where.resume, f"{stage}-{record.identity['variant']}", fingerprint(decisive, inputs))
     train_batches = where.batches("train", fit.batch_size, seed)
     validation = where.batches("validation", EVALUATION_BATCH)
-    run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage, fresh=fresh)
+    blank = blank or (lambda: checkpoint.blank(card))
+    run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage, fresh=fresh, blank=blank)
     trained = train(run, [*expansion_hooks(card), *hooks], resume)
     finish(where, record, run, trained, card, out)
     resume.clear()
+
+
+def compress_hooks(options: Any) -> list[Hook]:
+    """The hooks of a compress block: its teacher, which is taken before the method makes the network smaller, the method, and
+    around it what tells how sensitive the layers are."""
+    teacher: list[Hook] = [Distillation(options.distill)] if options.distill else []
+    return around([*teacher, methods.load("compress", options.method).create(options)], options.sensitivity)
 
 
 def expansion_hooks(card: dict[str, Any]) -> list[Hook]:
@@ -89,10 +101,12 @@ def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dic
     test = evaluate(model, where.batches("test", EVALUATION_BATCH))
     validation = evaluate(model, run.validation)
     _refuse_infinite(model, test.loss, run)
-    record.metrics |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
-    record.metrics |= {"validation_accuracy": validation.accuracy}
+    names = run.task.names
+    record.metrics |= {f"test_{names.headline}": test.accuracy, "test_loss": test.loss}
+    record.metrics |= {f"validation_{names.headline}": validation.accuracy}
+    record.metrics |= {f"test_{name}": test.others[name] for name in names.beside}
     if len(where.prepared.classes) > 10:  # of few classes, five say nothing
-        record.metrics["test_top5_accuracy"] = test.top5
+        record.metrics["test_top5_accuracy"] = test.others["top5_accuracy"]
     record.metrics["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     record.metrics["epochs"] = run.epoch
     record.history, record.events = run.history, run.events

@@ -1,8 +1,8 @@
 """A model on disk: a folder with `model.safetensors` (the state dict) and `model.json` (the card: how to build the module).
 
 The card names the network and its arguments, how it is over-parameterised, the channels of every layer, the input's shape and
-normalisation, the class names, the parameters of every stage so far, versions, commit and data fingerprint. `load(folder)` gives
-back the same module, compressed or expanded or neither. No pickle anywhere.
+normalisation, the task and its class names, the parameters of every stage so far, versions, commit and data fingerprint.
+`load(folder)` gives back the same module, compressed or expanded or neither. No pickle anywhere.
 """
 
 import copy
@@ -19,8 +19,10 @@ from torch import nn
 from pipeline import files, models, overparameterize, records
 from pipeline.config import Crop, Section
 from pipeline.data.batches import Prepared
+from pipeline.data.raw import TaskName
 from pipeline.errors import InputError
-from pipeline.surgery import restructure, structure
+from pipeline.expansion import plain_class
+from pipeline.structure import restructure, structure
 
 FORMAT = 1
 
@@ -60,6 +62,7 @@ class Card(Section):
     expansion: Expansion | None
     channels: dict[str, dict[str, Any]]  # as `structure` gives them
     input: Input
+    task: TaskName = "classify"  # older cards have none
     classes: list[str] = Field(min_length=1)
     stages: list[dict[str, Any]]
     versions: dict[str, str]
@@ -77,6 +80,7 @@ def new_card(network: dict[str, Any], data: Prepared) -> dict[str, Any]:
         "expansion": None,
         "channels": None,
         "input": {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std), "crop": crop},
+        "task": data.task,
         "classes": list(data.classes),
         "stages": [],
         "versions": records.versions(),
@@ -110,9 +114,7 @@ def load(folder: Path, data: Prepared | None = None) -> tuple[nn.Module, dict[st
     state = _read_weights(path, card["weights_sha256"])
     try:
         with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
-            model = build(card)
-            if card["expansion"]:
-                overparameterize.overparameterize(model, card["expansion"]["method"], **card["expansion"]["arguments"])
+            model = blank({**card, "channels": None})
         restructure(model, card["channels"])
     except Exception as error:  # what a wrong card leads to inside torch has no common class
         raise _damaged(folder / "model.json", f"no network can be built from it: {error!r}") from None
@@ -120,6 +122,16 @@ def load(folder: Path, data: Prepared | None = None) -> tuple[nn.Module, dict[st
     assert state.keys() >= {name for name, _ in model.named_buffers()}, "a buffer outside the state dict would have no value"
     model.to_empty(device="cpu").load_state_dict(state)
     return model.eval(), card
+
+
+def blank(card: dict[str, Any]) -> nn.Module:
+    """The module of a card, expanded and of its widths, freshly initialised from torch's global random numbers."""
+    model = build(card)
+    if card["expansion"]:
+        overparameterize.overparameterize(model, card["expansion"]["method"], **card["expansion"]["arguments"])
+    if card["channels"]:
+        restructure(model, card["channels"])
+    return model
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -131,6 +143,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, mistake['loc']))} {mistake['msg']}".strip() for mistake in error.errors()]
         raise _damaged(path, "; ".join(wrong)) from None
+    card.setdefault("task", "classify")
     return card
 
 
@@ -149,13 +162,9 @@ def layer_table(model: nn.Module, card: dict[str, Any]) -> list[dict[str, Any]]:
     for name, (inputs, outputs, groups) in structure(model)["filtering"].items():
         plain = name.removesuffix(".layer")
         widths = {"inputs": inputs, "outputs": outputs, "full_inputs": full[plain][0], "full_outputs": full[plain][1]}
-        kind = "Conv2d" if _is_convolution(model, name) else "Linear"
+        kind = plain_class(model.get_submodule(name)).__name__
         table.append({"name": plain, "type": kind, **widths, "groups": groups})
     return table
-
-
-def _is_convolution(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), nn.Conv2d)
 
 
 def _read_weights(path: Path, expected_sha256: str) -> dict[str, torch.Tensor]:

@@ -58,7 +58,11 @@ class Crop(Section):
 class Data(Section):
     """What `prepare` reads."""
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "folder"]
+    name: Literal[
+        "digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "folder",
+        "scenes_segment", "carvana",
+        "scenes_depth", "nyu_v2",
+    ]  # fmt: skip
     root: str  # folder (or, for cifar10 and cifar100, also an .npz file) that holds the raw data
     download: bool  # let torchvision fetch what is missing
     image_size: int | None = Field(ge=1, le=16384)  # resize to a square of so many pixels; null keeps the size
@@ -66,7 +70,7 @@ class Data(Section):
     storage: Literal["auto", "memory", "stream"]
     validation: float = Fraction  # share of the training images held out for every selection
     test: float = Fraction  # share held out for the test where the data has no test split of its own
-    per_class: int | None = Field(ge=1)  # training images of each class, drawn uniformly with split_seed; null: all
+    per_class: int | None = Field(ge=1)  # training images of each class (of all, without classes), drawn with split_seed; null: all
     split_seed: int
     mean: Literal["auto"] | list[float]  # per channel of pixels in [0, 1]; auto: measured on the training images
     std: Literal["auto"] | list[float]
@@ -142,10 +146,20 @@ class Block(Section):
     fit: Fit
 
 
+class Target(Section):
+    """How small a network shall become, instead of a method's own threshold: a share of what it is as it enters the stage."""
+
+    of: Literal["keep", "macs", "params", "latency"]  # outputs of layers, multiply-adds, parameters, measured time on the CPU
+    fraction: float = Fraction
+
+
 class CompressBlock(Block):
     """A block under `compress:`, named by the user; each method adds its own options."""
 
     distill: Distill | None
+    sensitivity: (
+        Literal["ecdm", "measured"] | None
+    )  # how what each layer's channels are worth is found, before and after; null: not
 
 
 class Train(Section):
@@ -155,6 +169,7 @@ class Train(Section):
     start_layers: list[str] = Field(min_length=1)  # patterns of the layers or tensors taken over from there; ["*"]: all
     overparameterize: dict[str, Any]  # `method` and its options
     revive: dict[str, Any]  # a method at work from the first epoch: as a block under `revive:`, without its fit
+    compress: dict[str, Any]  # the same: as a block under `compress:`, without its fit
     bias_lr: float = Field(gt=0)  # learning rate of biases, as a multiple of the others'
     ema: float | None = Field(gt=0, lt=1)  # decay of the moving average of weights that is kept in their place; null: none
     fit: Fit

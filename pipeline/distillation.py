@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline import hooks
 from pipeline.config import Distill
 from pipeline.overparameterize import collapse
+from pipeline.tasks import check_options
 
 
 class Distillation(hooks.Hook):
@@ -23,6 +24,7 @@ class Distillation(hooks.Hook):
         self.options = options
 
     def prepare(self, run: hooks.Run) -> None:
+        check_options(run.task, run.stage, run.fit, self.options)
         self.teacher = collapse(copy.deepcopy(run.model)).eval().requires_grad_(False).to(run.device)
 
     def penalty(self, run: hooks.Run, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
@@ -32,7 +34,8 @@ class Distillation(hooks.Hook):
 
 
 def distance(student: Tensor, teacher: Tensor, loss: str, temperature: float) -> Tensor:
-    """How far logits (B, K) are apart.
+    """How far logits (B, K) are apart, or outputs (B, 1, H, W): there a pixel counts as an image that has two classes, the logit of
+    the second one 0, so that softmax is the sigmoid; `logit_mse` is the only one for depths, which are no logits.
 
     softmax_mse   mean over all elements of (softmax(s / t) - softmax(t' / t))^2: the thesis's loss as its text means it
     logit_mse     mean over all elements of (s - t')^2
@@ -40,6 +43,8 @@ def distance(student: Tensor, teacher: Tensor, loss: str, temperature: float) ->
     """
     if loss == "logit_mse":
         return F.mse_loss(student, teacher)
+    if student.ndim > 2:
+        student, teacher = (torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, -2) for logits in (student, teacher))
     if loss == "softmax_mse":
         return F.mse_loss((student / temperature).softmax(1), (teacher / temperature).softmax(1))
     log_student, log_teacher = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)

@@ -3,23 +3,14 @@
 import ctypes
 import sys
 from itertools import islice
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
 from pipeline.data.batches import Batches
 from pipeline.errors import InputError
-
-
-class Score(NamedTuple):
-    """Accuracy as a fraction, mean cross-entropy in nats, and the share of images whose class is among the five likeliest."""
-
-    accuracy: float
-    loss: float
-    top5: float
+from pipeline.tasks import TASKS, Score, Tally
 
 
 def pick_device(wanted: str, threads: int) -> torch.device:
@@ -45,17 +36,13 @@ def _keep_freed_memory() -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches) -> Score:
-    """Accuracy and loss over all images of `batches`. Leaves the model in evaluation mode."""
+    """The scores of the data's task over all images of `batches`. Leaves the model in evaluation mode."""
     model.eval()
-    correct, loss, count, among = 0.0, 0.0, 0, 0.0
+    tally = Tally(TASKS[batches.prepared.task])
     with parametrize.cached():
-        for images, labels in batches.epoch(0):
-            logits = model(images).float()
-            correct += float((logits.argmax(1) == labels).sum())
-            among += float((logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-    return Score(correct / count, loss / count, among / count)
+        for images, targets in batches.epoch(0):
+            tally.add(model(images), targets)
+    return tally.score()
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 """A trained network as one ONNX file, and the proof that the file computes what the network computes.
 
 The file takes "images", float32 (N, C, H, W), normalised as its metadata says (pixels scaled to [0, 1], then (x - mean)
-/ std), and gives "logits", float32 (N, classes), for any N. Equal weights and an equal card give equal bytes.
+/ std), and gives for any N "logits", float32 (N, classes) or, for masks, (N, 1, H, W), or "depth" (N, 1, H, W) in metres.
+Equal weights and an equal card give equal bytes.
 """
 
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # torch, onnx and onnxruntime are imported where they are nee
     import torch
 
 FORMAT = 1
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 STRUCTURED = ("network", "classes", "mean", "std", "shape", "crop", "lineage")  # metadata kept as JSON
 
 
@@ -40,6 +41,8 @@ def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: in
     import torch
     from torch.nn.utils import parametrize
 
+    from pipeline.tasks import TASKS
+
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise InputError(f"{path}: the network is still over-parameterised: collapse it before exporting it")
     images = torch.zeros(2, *card["input"]["shape"])  # a batch of 1 would be taken for a constant
@@ -51,7 +54,7 @@ def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: in
             dynamo=True,
             opset_version=opset,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[TASKS[_task(card)].output],
             dynamic_shapes=({0: "batch"},),
             external_data=False,
             verbose=False,
@@ -74,27 +77,33 @@ def verify(
     *,
     atol: float,
     rtol: float,
+    task: str = "classify",
     threads: int = 1,
     batch_sizes: Sequence[int] = (1, 2, 5, 32),
+    watch: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
 ) -> dict[str, float]:
     """Prove the ONNX file at `path` against `model` on real images, in ONNX Runtime on the CPU and in torch, both
     float32.
 
-    `batches` gives (images (N, C, H, W) normalised, labels (N,)), together the whole test split. Every batch is
-    compared, and the first images once more at each of `batch_sizes` (repeated where there are fewer). Returns
-    `test_accuracy` (of the file), `torch_test_accuracy`, `max_abs_difference` of the logits, `top1_agreement` (share of
-    all images) and `images`.
+    `batches` gives (images (N, C, H, W) normalised, labels (N,) or targets (N, H, W)), together the whole test split. Every batch
+    is compared, and the first images once more at each of `batch_sizes` (repeated where there are fewer). Returns by the names of
+    `task` (pipeline/scores.py) the scores of the file and the headline score of torch, for classification `test_accuracy` and
+    `torch_test_accuracy`; `max_abs_difference` of the outputs, the share of answers that agree (`top1_agreement`) and `images`.
+    `watch` is shown every batch: images, targets, and what the file answered.
 
-    Raises `ExportError` with these figures when |ONNX - torch| > atol + rtol * |torch| for any logit of any batch.
+    Raises `ExportError` with these figures when |ONNX - torch| > atol + rtol * |torch| for any output of any batch.
     Within the tolerance the first class can differ only where two logits are nearer than twice the tolerance.
     """
     session = open_session(path, "cpu", threads)
     model = copy.deepcopy(model).cpu().float().eval()
     first: list[np.ndarray] = []
-    proof = _Proof(atol, rtol)
-    for images, labels in batches:
-        pixels = np.ascontiguousarray(images.detach().cpu().float().numpy())
-        proof.add(*_answers(model, session, path, pixels), labels.detach().cpu().numpy())
+    proof = _Proof(task, atol, rtol)
+    for images, targets in batches:
+        pixels, targets = np.ascontiguousarray(images.detach().cpu().float().numpy()), targets.detach().cpu()
+        theirs, ours = _answers(model, session, path, pixels)
+        proof.add(theirs, ours, targets)
+        if watch:
+            watch(pixels, targets.numpy(), theirs)
         if sum(map(len, first)) < max(batch_sizes):
             first.append(pixels)
     if not proof.images:
@@ -106,8 +115,8 @@ def verify(
     if proof.outside:
         told = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
         raise ExportError(
-            f"{path} does not compute what the network computes: {proof.outside} logits differ by more than "
-            f"{atol:g} + {rtol:g} * |logit| ({told}); export again, or allow more in export.atol and export.rtol"
+            f"{path} does not compute what the network computes: {proof.outside} outputs differ by more than "
+            f"{atol:g} + {rtol:g} * |output| ({told}); export again, or allow more in export.atol and export.rtol"
         )
     return figures
 
@@ -122,13 +131,14 @@ def export_proven(
     atol: float,
     rtol: float,
     threads: int = 1,
+    watch: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
 ) -> dict[str, float]:
     """`export`, then `verify`: only a file that has passed comes to stand at `path`. Returns the figures of
     `verify`."""
     unproven = path.with_name(f"unproven-{path.name}")
     try:
         export(model, card, unproven, opset)
-        figures = verify(model, unproven, batches, atol=atol, rtol=rtol, threads=threads)
+        figures = verify(model, unproven, batches, atol=atol, rtol=rtol, task=_task(card), threads=threads, watch=watch)
         unproven.replace(path)
     finally:
         unproven.unlink(missing_ok=True)
@@ -136,7 +146,7 @@ def export_proven(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What an exported file says of itself: "format", "network", "classes", "mean", "std", "shape", "lineage",
+    """What an exported file says of itself: "format", "network", "task", "classes", "mean", "std", "shape", "lineage",
     "producer".
 
     Raises `InputError` for a file that is missing, damaged or was not exported by Winnow.
@@ -154,35 +164,42 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if found.get("format") != str(FORMAT) or not found.keys() >= {*STRUCTURED, "producer"}:
         has = ", ".join(sorted(found)) or "none"
         raise InputError(f"{path} was not exported by Winnow (format {FORMAT}): its metadata keys are: {has}")
+    found.setdefault("task", "classify")  # older files have none
     return found | {"format": FORMAT} | {key: json.loads(found[key]) for key in STRUCTURED}
 
 
 class _Proof:
-    """Counts how far two lists of logits agree."""
+    """Counts how far two lists of outputs agree, and how good they are."""
 
-    def __init__(self, atol: float, rtol: float) -> None:
-        self.atol, self.rtol = atol, rtol
-        self.images = self.agree = self.right = self.torch_right = self.outside = 0
+    def __init__(self, task: str, atol: float, rtol: float) -> None:
+        from pipeline.tasks import TASKS, Tally
+
+        self.task, self.atol, self.rtol = TASKS[task], atol, rtol
+        self.theirs, self.ours = Tally(self.task), Tally(self.task)
+        self.images = self.agree = self.answers = self.outside = 0
         self.largest = 0.0
 
-    def add(self, theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray | None = None) -> None:
-        """Logits (N, K) of the file and of torch; without `labels` the images are not counted a second time."""
+    def add(self, theirs: np.ndarray, ours: np.ndarray, targets: "torch.Tensor | None" = None) -> None:
+        """Outputs of the file and of torch; without `targets` the images are not counted a second time."""
+        import torch
+
         gap = np.abs(theirs.astype(np.float64) - ours)
         self.outside += int((~(gap <= self.atol + self.rtol * np.abs(ours))).sum())  # a NaN is outside
         self.largest = float(np.maximum(self.largest, gap.max()))  # unlike max(), lets a NaN through
-        if labels is not None:
-            their_class, our_class = theirs.argmax(1), ours.argmax(1)
-            self.images += len(labels)
-            self.agree += int((their_class == our_class).sum())
-            self.right += int((their_class == labels).sum())
-            self.torch_right += int((our_class == labels).sum())
+        if targets is not None:
+            first, second = torch.from_numpy(theirs), torch.from_numpy(ours)
+            agree, answers = self.task.agreement(first, second)
+            self.images, self.agree, self.answers = self.images + len(targets), self.agree + int(agree), self.answers + answers
+            self.theirs.add(first, targets)
+            self.ours.add(second, targets)
 
     def figures(self) -> dict[str, float]:
+        names = self.task.names
         return {
-            "test_accuracy": self.right / self.images,
-            "torch_test_accuracy": self.torch_right / self.images,
+            **self.theirs.metrics(),
+            f"torch_test_{names.headline}": self.ours.score().accuracy,
             "max_abs_difference": self.largest,
-            "top1_agreement": self.agree / self.images,
+            names.agreement: self.agree / self.answers,
             "images": self.images,
         }
 
@@ -190,7 +207,7 @@ class _Proof:
 def _answers(
     model: "torch.nn.Module", session: "onnxruntime.InferenceSession", path: Path, pixels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The logits of the file and of torch for the same images."""
+    """The outputs of the file and of torch for the same images."""
     import torch
 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -200,7 +217,7 @@ def _answers(
     except Exception as error:  # ONNX Runtime's errors share no narrower base class
         raise ExportError(f"{path} does not run on images {pixels.shape}: {' '.join(str(error).split())}") from None
     if theirs.shape != ours.shape:
-        raise ExportError(f"{path} gives logits {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}")
+        raise ExportError(f"{path} gives outputs {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}")
     return theirs, ours
 
 
@@ -213,10 +230,14 @@ def _metadata(card: dict[str, Any]) -> dict[str, str]:
         key: entry[key] for key in ("mean", "std", "shape", "crop")
     }
     return (
-        {"format": str(FORMAT)}
+        {"format": str(FORMAT), "task": _task(card)}
         | {key: json.dumps(values[key]) for key in STRUCTURED}
         | {"producer": f"winnow, torch {torch.__version__}"}
     )
+
+
+def _task(card: dict[str, Any]) -> str:
+    return card.get("task", "classify")
 
 
 def _portable(value: Any) -> Any:

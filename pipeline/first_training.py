@@ -32,8 +32,8 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
     network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
     expansion = methods.options("overparameterize", "train.overparameterize", options.overparameterize).model_dump()
     parameters = {"model": network, "train": options.model_dump() | {"overparameterize": expansion}, **used}
-    revive = methods.revival(options)
-    parameters["train"]["revive"] = revive.model_dump(exclude={"fit"})
+    revive, compress = methods.inside("revive", options), methods.inside("compress", options)
+    parameters["train"] |= {"revive": revive.model_dump(exclude={"fit"}), "compress": compress.model_dump(exclude={"fit"})}
     record = Record("train", str(seed), parameters, seed=seed)
 
     described = {"name": network["name"], "arguments": {key: value for key, value in network.items() if key != "name"}}
@@ -53,9 +53,18 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
     hooks: list[Hook] = [BiasRate(options.bias_lr)] if options.bias_lr != 1 else []
     hooks += [Averaging(options.ema)] if options.ema else []
     hooks.append(methods.load("revive", revive.method).create(revive))
+    hooks += chain.compress_hooks(compress)
     files = [file for path in starts for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     fresh = None if networks else lambda number: drawn(number)[0]
-    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=files, fresh=fresh, out=out)
+    run = {"fit": options.fit, "hooks": hooks, "inputs": files, "fresh": fresh, "blank": lambda: blank(card, expansion)}
+    chain.train_stage(where, record, model, card, **run, out=out)
+
+
+def blank(card: dict[str, Any], expansion: dict[str, Any]) -> nn.Module:
+    """The network with fresh weights, whatever it started from."""
+    model = checkpoint.build(card)
+    begin(model, [], expansion)
+    return model
 
 
 def begin(

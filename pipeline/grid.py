@@ -23,6 +23,7 @@ SECTIONS: dict[str, type[Section]] = {
     "profile": Profile,
     "tracking": Tracking,
 }
+FROM_FILES = ("folder", "tiny_imagenet", "carvana", "nyu_v2")  # data that nothing here downloads
 OTHERS = ("seed", "model", "revive", "compress")
 BLOCK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a point would divide a key, here and in DVC
 
@@ -49,7 +50,8 @@ def check() -> dict[str, Any]:
     attempt(lambda: methods.options("models", "model", lookup(params, "model"), by="name"))
     if parsed["train"]:
         attempt(lambda: methods.options("overparameterize", "train.overparameterize", parsed["train"].overparameterize))
-        attempt(lambda: methods.revival(parsed["train"]))
+        attempt(lambda: methods.inside("revive", parsed["train"]))
+        attempt(lambda: methods.inside("compress", parsed["train"]))
         attempt(lambda: start_paths(Path(parsed["train"].start)))
     blocks = {family: attempt(lambda family=family: _blocks(params, family)) for family in ("revive", "compress")}
     for family, found in blocks.items():
@@ -65,7 +67,7 @@ def check() -> dict[str, Any]:
 def _check_root(data: Data) -> None:
     """The raw data is there, or has a folder to be downloaded to: DVC watches it."""
     root = Path(data.root)
-    if not root.exists() and (data.name in ("folder", "tiny_imagenet") or root.suffix == ".npz"):
+    if not root.exists() and (data.name in FROM_FILES or root.suffix == ".npz"):
         raise InputError(f"params.yaml: data.root = {data.root!r} does not exist: {data.name} is read from there")
     if not root.exists():
         root.mkdir(parents=True)

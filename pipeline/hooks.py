@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Fit
 from pipeline.data.batches import Batches
+from pipeline.tasks import TASKS, Task
 
 
 class ParameterRule(NamedTuple):
@@ -57,9 +58,10 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch, as in record.json
     events: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a method cannot treat, and why
-    best: dict[str, Tensor] | None = None  # the state dict with the best validation accuracy, where fit.select asks for it
+    best: dict[str, Tensor] | None = None  # the state dict with the best validation score, where fit.select asks for it
     best_accuracy: float = -1.0
     fresh: Callable[[int], nn.Module] | None = None  # where this is the network's first training: draws the n-th other one
+    blank: Callable[[], nn.Module] | None = None  # draws the network that entered the stage with fresh weights
     own: nn.Module | None = None  # the network that is validated, where a hook keeps it in `model` among others that it trains
 
     @property
@@ -72,6 +74,12 @@ class Run:
         this is the first training, a copy of the trained one where it is not."""
         return self.fresh(number) if self.fresh else copy.deepcopy(self.model)
 
+    def redrawn(self) -> nn.Module:
+        """The network as it entered the stage, with fresh weights, for a control."""
+        assert self.blank is not None, "this run has no way to draw its network anew"
+        torch.manual_seed(stable_seed(self.seed, self.stage, "drawn anew"))
+        return self.blank()
+
     @property
     def epochs(self) -> int:
         """Planned epochs of all rounds."""
@@ -83,9 +91,16 @@ class Run:
         channels, height, width = self.train.prepared.shape
         return channels, height, width
 
+    @property
+    def task(self) -> Task:
+        """What the data asks for: its loss and scores."""
+        return TASKS[self.train.prepared.task]
+
     def log(self, kind: str, **facts: Any) -> None:
-        """Keep an event for the record, with the epoch after which it happened."""
-        self.events.append({"kind": kind, "epoch": self.epoch, "round": self.round, **facts})
+        """Keep an event for the record, with the epoch after which it happened. A fact about an accuracy goes by the name that the
+        task's headline score has: validation_accuracy_after is kept as validation_iou_after where masks are learnt."""
+        named = {self.task.names.rename(key): fact for key, fact in facts.items()}
+        self.events.append({"kind": kind, "epoch": self.epoch, "round": self.round, **named})
 
     def generator(self, purpose: str) -> torch.Generator:
         """Random numbers that depend only on the seed, the stage, the epoch and the purpose, so that a resumed run draws

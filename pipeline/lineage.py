@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.scores import Names, of_metrics
+
 STAGES = ("prepare", "train", "revive", "compress", "collapse", "export", "profile")
 OWN = STAGES[3:]  # the stages that no other variant shares
 TRAINING = ("train", "revive", "compress")
@@ -25,6 +27,11 @@ class Chain:
     def name(self) -> str:
         """As DVC names it: restart-diet-0."""
         return f"{self.revive}-{self.compress}-{self.seed}"
+
+    @property
+    def names(self) -> Names:
+        """What the scores of the chain's task are called."""
+        return of_metrics(record.get("metrics", {}) for record in self.records.values())
 
     def metric(self, stage: str, name: str) -> float | None:
         """A final number of a stage, None where the stage or the number is missing."""

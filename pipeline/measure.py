@@ -1,10 +1,11 @@
 """Parameters, multiply-adds and bytes of a network.
 
-MAC: one multiply-add counts one. Counted are the multiply-adds of convolutions, linear layers and matrix products,
+MAC: one multiply-add counts one. Counted are the multiply-adds of convolutions, linear layers, matrix products and involutions,
 without biases; normalisation, activations, pooling and additions are not multiply-adds of filters and count nothing.
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ Handle = Callable[[list[Any], list[Any]], int]
 UNCOUNTED = (
     "batch_norm group_norm layer_norm instance_norm upsample_nearest2d upsample_bilinear2d grid_sampler add add_ sub "
     "mean avg_pool2d adaptive_avg_pool2d max_pool2d adaptive_max_pool2d relu6 hardtanh hardtanh_ leaky_relu_ pad "
-    "index_select clone alias feature_dropout"
+    "index_select clone alias feature_dropout unflatten"
 ).split()
 
 
@@ -38,8 +39,8 @@ def count(model: nn.Module, input_shape: Sequence[int], handles: Mapping[str, Ha
 
     `handles` counts further operations: from an operation's name in the trace ("aten::im2col") to a function of its
     inputs and outputs (`torch.Value`) that returns its MACs; None in place of a function says the operation has none.
-    Involution, for one, is written with operations that fvcore does not know ("aten::mul", "aten::sum"), so it is named
-    under "unsupported" until a handle is given.
+    An involution written with unfold ("aten::im2col", "aten::mul", "aten::sum") is named under "unsupported" until handles are
+    given; `pipeline.involution` is counted.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # fvcore traces with torch.jit, which torch deprecates
@@ -57,6 +58,8 @@ def count(model: nn.Module, input_shape: Sequence[int], handles: Mapping[str, Ha
             "mm": jit_handles.matmul_flop_jit,
             "bmm": jit_handles.bmm_flop_jit,
             "einsum": jit_handles.einsum_flop_jit,
+            "addcmul": one_each,
+            "addcmul_": one_each,
         }
         known = {f"aten::{name}": handle for name, handle in (dict.fromkeys(UNCOUNTED) | counted).items()}
         analysis.clear_op_handles().set_op_handle(**{**known, **(handles or {})})
@@ -69,6 +72,11 @@ def count(model: nn.Module, input_shape: Sequence[int], handles: Mapping[str, Ha
         "unsupported": dict(sorted(analysis.unsupported_ops().items())),
         "uncalled": sorted(analysis.uncalled_modules() & own),
     }
+
+
+def one_each(inputs: list[Any], outputs: list[Any]) -> int:
+    """MACs of a + b * c: one for each element, as for each tap of an involution."""
+    return math.prod(outputs[0].type().sizes())
 
 
 def parameters(model: nn.Module) -> int:

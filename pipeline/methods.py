@@ -34,8 +34,10 @@ def options(family: str, key: str, value: Any, *, by: str = "method") -> Any:
     return parse(key, value, chosen)
 
 
-def revival(train: Train) -> Any:
-    """The options of `train.revive`: those of a block under `revive:`, but for `fit`, which is the training's own."""
-    if "fit" in train.revive:
-        raise InputError("params.yaml: train.revive.fit is not a parameter: here train.fit holds; remove it")
-    return options("revive", "train.revive", {**train.revive, "fit": train.fit.model_dump()})
+def inside(family: str, train: Train) -> Any:
+    """The options of `train.revive` or `train.compress`: those of a block of that family, but for `fit`, which is the training's
+    own."""
+    chosen: dict[str, Any] = getattr(train, family)
+    if "fit" in chosen:
+        raise InputError(f"params.yaml: train.{family}.fit is not a parameter: here train.fit holds; remove it")
+    return options(family, f"train.{family}", {**chosen, "fit": train.fit.model_dump()})

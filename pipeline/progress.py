@@ -9,7 +9,7 @@ from pipeline.hooks import Run
 
 
 class Progress:
-    """Loss, accuracy, images a second and time left of `run`, on standard output."""
+    """Loss, headline score, images a second and time left of `run`, on standard output."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -34,9 +34,10 @@ class Progress:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """After an epoch."""
+        names = self.run.task.names
         text = (
-            f"{self._head(row['epoch'])}  loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}"
-            f"  validation {row['validation_accuracy']:.2%}  {row['images_per_s']:,.0f} images/s  {self._left()} left"
+            f"{self._head(row['epoch'])}  loss {row['train_loss']:.4f}  {names.title} {row[f'train_{names.headline}']:.2%}"
+            f"  validation {row[f'validation_{names.headline}']:.2%}  {row['images_per_s']:,.0f} images/s  {self._left()} left"
         )
         if self.terminal:
             self._rewrite(text)

@@ -110,9 +110,7 @@ def _read(channels: Channels, found: Cut, name: str, wanted: list[bool]) -> None
         spare = [channel for channel in made if channel not in alive]
         alive.update(spare[: most - (len(made) - len(spare))])
     asked = [[i for i in range(width) if wanted[group * width + i]] for group in staying]
-    count = max(map(len, asked))
-    if not count:
-        raise InputError(f"surgery: layer {name} would be left without inputs")
+    count = max(1, *map(len, asked))
     found.columns[name], found.real[name] = [], []
     for group, chosen in zip(staying, asked, strict=True):
         read = parts[group][0]

@@ -23,7 +23,7 @@ from pipeline import files
 from pipeline.config import Tracking
 from pipeline.errors import InputError
 from pipeline.lineage import OWN, Chain, Record, chains, flat_parameters
-from pipeline.report import chart, story
+from pipeline.report import chart, sensitive, story, widths
 from pipeline.tracking_model import log_model
 from pipeline.tracking_server import Unreachable, session
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Published", "Unreachable", "publish"]
 
-FORMAT = 2  # part of every fingerprint: a new layout of the runs publishes anew
+FORMAT = 3  # part of every fingerprint: a new layout of the runs publishes anew
 LONGEST = 6000  # characters of a parameter that MLflow keeps
 MOST = 100  # parameters, and metrics, in one request
 
@@ -121,8 +121,10 @@ class _Publisher:
         for stage, record in chain.records.items():
             self._add_stage(run_id, stage, record)
         self.client.log_dict(run_id, parameters, "parameters.json")
-        plots = {quantity: story.curves(chain, quantity) for quantity in ("accuracy", "loss")}
-        for name, svg in (plots | {"channels": story.channels(chain), "filters": story.filters(chain)}).items():
+        plots = {chain.names.rename(quantity): story.curves(chain, quantity) for quantity in ("accuracy", "loss")}
+        plots |= {"channels": story.channels(chain), "filters": story.filters(chain), "widths": widths.picture(chain)}
+        plots["sensitivity"] = sensitive.picture(sensitive.last(chain))
+        for name, svg in plots.items():
             if svg:
                 self.client.log_text(run_id, chart.standalone(svg), f"plots/{name}.svg")
         for name in chain.records.get("export", {}).get("artifacts", []):
@@ -215,11 +217,13 @@ class _Publisher:
 
 
 def final_metrics(chain: Chain) -> dict[str, float]:
-    """The few figures that MLflow's charts compare: accuracy of the ONNX file, error_percent = 100 (1 - accuracy), because the
-    charts start at 0 and write two decimals, macs, size_mb, parameters, and the latency (median, ms) and speed-up of each
-    provider and batch that was measured."""
-    accuracy = chain.metric("export", "test_accuracy")
-    measured = {"accuracy": accuracy, "error_percent": None if accuracy is None else 100 * (1 - accuracy)}
+    """The few figures that MLflow's charts compare: of the ONNX file accuracy (or what the task has in its place, and its scores
+    beside it) and error_percent = 100 (1 - accuracy), because the charts start at 0 and write two decimals; macs, size_mb,
+    parameters, and the latency (median, ms) and speed-up of each provider and batch that was measured."""
+    names = chain.names
+    accuracy = chain.metric("export", f"test_{names.headline}")
+    measured = {names.headline: accuracy, "error_percent": None if accuracy is None else 100 * (1 - accuracy)}
+    measured |= {name: chain.metric("export", f"test_{name}") for name in names.beside}
     measured |= {name: chain.metric("profile", name) for name in ("macs", "size_mb", "parameters")}
     for name, value in chain.records.get("profile", {}).get("metrics", {}).items():
         if name.startswith("latency_") and name.endswith("_p50_ms"):

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -17,6 +16,7 @@ from pipeline.layers import convolutions, expanded
 from pipeline.precision import autocast
 from pipeline.progress import Progress
 from pipeline.resume import Resume
+from pipeline.tasks import check_options, share
 
 CHECK_EVERY = 50  # steps between two looks at the loss: a look waits for the device
 
@@ -27,6 +27,7 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.M
     With `resume`, the state is kept after every epoch: a run that was killed goes on after its last whole epoch and ends, on
     the CPU with the same number of threads, bit for bit as an undisturbed one. `InputError` when the loss diverges.
     """
+    check_options(run.task, run.stage, run.fit)
     torch.manual_seed(stable_seed(run.seed, run.stage, "prepare"))
     for hook in hooks:
         run.notes += hook.coverage(run.model, run.input_shape)
@@ -68,13 +69,15 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
     """One pass over the training images and one over the validation images; a row of history."""
     torch.manual_seed(stable_seed(run.seed, run.stage, "epoch", run.epoch))
     run.model.train()
-    loss_sum, all_sum, correct = torch.zeros((3,), device=run.device)
+    loss_sum, all_sum = torch.zeros((2,), device=run.device)
+    counts = torch.zeros((2,), dtype=torch.int64, device=run.device)
     for step, (images, labels) in enumerate(run.train.epoch(run.epoch)):
         _set_learning_rate(run, step)
         loss, everything, logits = _step(run, hooks, images, labels)
         loss_sum += loss
         all_sum += everything
-        correct += (logits.argmax(1) == labels).sum()
+        for total, count in zip(counts, run.task.hits(logits, labels), strict=True):
+            total += count
         if step % CHECK_EVERY == 0 or step + 1 == len(run.train):
             _refuse_divergence(run, float(all_sum))
             progress.step(step, float(loss_sum) / (step + 1))
@@ -83,8 +86,9 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
     images_per_s = progress.images_per_s()
     score = evaluate(run.model, run.validation)
     row = {"epoch": run.epoch, "round": run.round, "lr": run.lr, "train_loss": float(loss_sum) / len(run.train)}
-    row |= {"train_accuracy": float(correct) / run.train.images}
-    row |= {"validation_loss": score.loss, "validation_accuracy": score.accuracy, "images_per_s": images_per_s}
+    headline = run.task.names.headline
+    row |= {f"train_{headline}": share(*counts.tolist())}
+    row |= {"validation_loss": score.loss, f"validation_{headline}": score.accuracy, "images_per_s": images_per_s}
     run.history.append(row | strength(run.network))
     if run.fit.select == "best" and score.accuracy > run.best_accuracy:
         run.best_accuracy = score.accuracy
@@ -93,13 +97,13 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
 
 
 def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the optimiser; the cross-entropy before it, the same with the hooks' penalties, and the logits."""
+    """One step of the optimiser; the task's loss before it, the same with the hooks' penalties, and the network's outputs."""
     assert run.optimizer is not None
     # Cached: a computed weight is composed once a step, however often the layers and the penalties read it.
     with parametrize.cached():
         with autocast(run.device, run.fit.precision):
             logits = run.model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.fit.label_smoothing)
+        loss = run.task.loss(logits.float(), labels, run.fit.label_smoothing)
         penalties = [penalty for hook in hooks if (penalty := hook.penalty(run, images, labels, logits)) is not None]
         run.optimizer.zero_grad(set_to_none=True)
         everything = sum(penalties, loss)

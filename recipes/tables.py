@@ -139,8 +139,8 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def shorten(params: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """The row with another number of epochs; what its schedule and its revive method count in epochs moves in proportion."""
-    fit, revive = params["train"]["fit"], params["train"]["revive"]
+    """The row with another number of epochs; what its schedule and its methods count in epochs moves in proportion."""
+    fit = params["train"]["fit"]
 
     def share(value: Any) -> Any:
         moved = value * epochs / fit["epochs"]
@@ -149,9 +149,12 @@ def shorten(params: dict[str, Any], epochs: int) -> dict[str, Any]:
     schedule = fit["schedule"]
     if isinstance(schedule, dict):
         schedule = {**schedule, "every": share(schedule["every"])}
-    counted = getattr(methods.load("revive", revive["method"]), "IN_EPOCHS", ())
-    revive = {key: share(value) if key in counted else value for key, value in revive.items()}
-    return merge(params, {"train": {"fit": {"epochs": epochs, "schedule": schedule}, "revive": revive}})
+    moved = {}
+    for family in ("revive", "compress"):
+        chosen = params["train"][family]
+        counted = getattr(methods.load(family, chosen["method"]), "IN_EPOCHS", ())
+        moved[family] = {key: share(value) if key in counted else value for key, value in chosen.items()}
+    return merge(params, {"train": {"fit": {"epochs": epochs, "schedule": schedule}, **moved}})
 
 
 def decisive(params: dict[str, Any]) -> dict[str, Any]:
@@ -159,9 +162,9 @@ def decisive(params: dict[str, Any]) -> dict[str, Any]:
     train = parse("train", lookup(params, "train"), Train)
     expansion = methods.options("overparameterize", "train.overparameterize", train.overparameterize).model_dump()
     network = methods.options("models", "model", lookup(params, "model"), by="name").model_dump()
-    revive = methods.revival(train).model_dump(exclude={"fit"})
+    chosen = {family: methods.inside(family, train).model_dump(exclude={"fit"}) for family in ("revive", "compress")}
     augment = parse("augment", lookup(params, "augment"), Augment).model_dump()
-    trained = {**train.model_dump(), "start": "", "overparameterize": expansion, "revive": revive}
+    trained = {**train.model_dump(), "start": "", "overparameterize": expansion, **chosen}
     return {"model": network, "train": trained, "augment": augment}
 
 

@@ -2,7 +2,6 @@
 
 from pipeline import chain, checkpoint, methods
 from pipeline.config import lookup, read_params
-from pipeline.distillation import Distillation
 from pipeline.records import Record
 from stages import PREPARED, RESUME, folder, run
 
@@ -17,11 +16,9 @@ def main(revive: str, compress: str, seed: str) -> None:
     model, card = checkpoint.load(parent, where.prepared)
     variant, parameters = f"{revive}-{compress}-{seed}", {"compress": options.model_dump(), **used}
     record = Record("compress", variant, parameters, revive=revive, compress=compress, seed=int(seed))
-    # The teacher is taken before the method makes the network smaller.
-    hooks = [Distillation(options.distill)] if options.distill else []
-    hooks += [methods.load("compress", options.method).create(options)]
     out = folder("compress", revive, compress, seed)
-    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=sorted(parent.iterdir()), out=out)
+    hooks, inputs = chain.compress_hooks(options), sorted(parent.iterdir())
+    chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=inputs, out=out)
 
 
 if __name__ == "__main__":

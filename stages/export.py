@@ -8,7 +8,9 @@ from pipeline.data.batches import Batches
 from pipeline.data.batches import load as load_data
 from pipeline.export import export_proven
 from pipeline.measure import size_mb
+from pipeline.pictures import Pictures
 from pipeline.records import Record
+from pipeline.scores import NAMES
 from stages import PREPARED, folder, run
 
 BATCH_SIZE = 250  # of the proof: decides its memory, not its result
@@ -32,14 +34,17 @@ def main(revive: str, compress: str, seed: str) -> None:
         data=card["data"],
     )
     path = place / "model.onnx"
+    pictures = Pictures(card, test.images)
     proof = {"opset": options.opset, "atol": options.atol, "rtol": options.rtol, "threads": runtime.threads}
-    figures = export_proven(model, card, path, test.epoch(0), **proof)
+    figures = export_proven(model, card, path, test.epoch(0), **proof, watch=pictures.add)
     images = figures.pop("images")
     record.metrics |= figures | {"size_mb": size_mb(path)}
     record.notes.append(f"proven on {images} test images and at batch sizes 1, 2, 5, 32 on the CPU")
+    record.events.append(pictures.event())
     record.artifacts = [path.name]
     record.write(place)
-    print(f"{path}: {size_mb(path):.2f} MB, test accuracy {figures['test_accuracy']:.4f}")
+    names = NAMES[card["task"]]
+    print(f"{path}: {size_mb(path):.2f} MB, test {names.title} {figures[f'test_{names.headline}']:.4f}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def main() -> None:
     record.artifacts = [f"{PREPARED.name}/{name}" for name in ("data.json", *card["files"])]
     record.write(folder("prepare"))
     counts = ", ".join(f"{count} {split}" for split, count in card["counts"].items())
-    print(f"{card['name']}: {counts} images of {len(card['classes'])} classes, {'x'.join(map(str, card['shape']))}")
+    of = f"of {len(card['classes'])} classes" if card["task"] == "classify" else f"with {', '.join(card['classes'])}"
+    print(f"{card['name']}: {counts} images {of}, {'x'.join(map(str, card['shape']))}")
 
 
 if __name__ == "__main__":

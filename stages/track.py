@@ -7,6 +7,7 @@ from pipeline import files
 from pipeline.config import Tracking, Variants, read_params, section
 from pipeline.lineage import select
 from pipeline.records import read_records
+from pipeline.scores import of_metrics
 from pipeline.tracking import Unreachable, publish
 from pipeline.tracking_server import shown
 from stages import OUTPUTS, folder, run
@@ -18,7 +19,7 @@ def main() -> None:
     records = select(read_records(OUTPUTS), grid.revive, grid.compress, read_params()["seed"])
     root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-    told = {"uri": shown(uri), "experiment": options.experiment}
+    told = {"uri": shown(uri), "experiment": options.experiment, "score": of_metrics(r["metrics"] for r in records).headline}
     try:
         done = publish(records, OUTPUTS, options, uri)
     except Unreachable as error:

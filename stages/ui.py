@@ -9,7 +9,6 @@ from stages import folder, run
 
 PORT = "5000"
 PRESENT_GRID = quote('tags.`winnow.current` = "true"')
-SORTED = f"orderByKey={quote('metrics.`accuracy`')}&orderByAsc=false"
 
 
 def main() -> None:
@@ -19,7 +18,9 @@ def main() -> None:
         raise InputError(f"the runs are not in MLflow ({published['reason']}): `make track` publishes them")
     local = published["uri"].startswith("sqlite:")
     server = f"http://127.0.0.1:{PORT}" if local else published["uri"].rstrip("/")
-    view = f"compareRunsMode=CHART&workflowType=machine_learning&{SORTED}&searchFilter={PRESENT_GRID}"
+    metric = quote(f"metrics.`{published.get('score', 'accuracy')}`")  # older files name none
+    best_first = f"orderByKey={metric}&orderByAsc=false"
+    view = f"compareRunsMode=CHART&workflowType=machine_learning&{best_first}&searchFilter={PRESENT_GRID}"
     print(f"{server}/#/experiments/{published['experiment_id']}/runs?{view}", flush=True)
     if local:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from pipeline import models
 from pipeline.channels import follow
-from pipeline.compress.diet import group_channels
+from pipeline.grouping import group_channels
+from pipeline.involution import Involution
 from pipeline.layers import ChannelPad, filtering_layers
 from pipeline.overparameterize import collapse, overparameterize
 from pipeline.surgery import Shape, drop, shrink
@@ -21,12 +22,18 @@ CLASSES = 10
 ZOO: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "alexnet": ("alexnet", {"variant": "torchvision", "dropout": 0.5}, 63, 16),
     "cifar_quick": ("cifar_quick", {}, 16, 1),
+    "condensenet": ("condensenet", {"depth": 14, "growth": 4, "groups": 4, "dropout": 0.1}, 8, 1),
+    "densenet": ("densenet", {"depth": 10, "growth": 4, "compression": 1.0, "stem": "cifar"}, 8, 1),
+    "densenet-bc": ("densenet", {"depth": 16, "growth": 4, "compression": 0.5, "stem": "tiny"}, 9, 1),
     "lenet5": ("lenet5", {"variant": "classic"}, 20, 1),
     "mininet": ("mininet", {"dropout": 0.5}, 63, 2),
+    "rednet": ("rednet", {"depth": 26, "width": 32, "zero_init": False}, 32, 1),
     "resnet": ("resnet", {"depth": 8}, 8, 1),
     "resnet18": ("resnet_imagenet", {"depth": 18, "stem": "cifar"}, 8, 8),
     "resnet18-imagenet": ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}, 33, 8),
     "resnet50": ("resnet_imagenet", {"depth": 50, "stem": "cifar"}, 8, 16),
+    "resnet_preact": ("resnet_preact", {"depth": 11, "stem": "cifar"}, 8, 4),
+    "resnext": ("resnext", {"depth": 11, "cardinality": 4, "width": 4, "stem": "cifar"}, 8, 8),
     "vgg16": ("vgg16", {}, 32, 16),
     "vgg16_bn": ("vgg16_bn", {"dropout": 0.5}, 32, 16),
     "wide_resnet": ("wide_resnet", {"depth": 10, "width": 1, "dropout": 0.3}, 8, 1),
@@ -62,6 +69,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 scale = 1.0 if "mixers" in name else 2.0
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * (scale / fan_in) ** 0.5)
         for module in model.modules():
+            if isinstance(module, Involution):  # its output is a product of two: without this, one block squares the other's
+                for tensor in module.conv2.parameters():
+                    tensor.mul_(0.02 if tensor.ndim > 1 else 0.5)
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 draw = torch.rand(4, module.num_features, generator=generator)
                 ranges = ((0.5, 1.0, "weight"), (-0.3, 0.6, "bias"), (-0.3, 0.6, "running_mean"), (0.5, 1.0, "running_var"))

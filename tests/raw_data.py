@@ -80,3 +80,43 @@ def tiny_imagenet(root: Path, count: int = 6) -> Path:
     words = {"n01443537": "goldfish, Carassius auratus", "n02124075": "Egyptian cat", "n00001740": "entity"}
     (root / "words.txt").write_text("".join(f"{name}\t{names}\n" for name, names in words.items()))
     return root
+
+
+def carvana(root: Path, cars: int = 5, sides: int = 4) -> dict[str, np.ndarray]:
+    """Kaggle's folders with so many cars; the masks by ID_NN."""
+    draw, masks = np.random.default_rng(5), {}
+    for folder in ("train", "train_masks"):
+        (root / folder).mkdir(parents=True)
+    for car in range(cars):
+        for side in range(1, sides + 1):
+            name = f"{car:012x}_{side:02}"
+            masks[name] = (draw.random((20, 30)) < 0.4).astype(np.uint8)
+            image = np.where(masks[name], 220, 30).astype(np.uint8)
+            Image.fromarray(image).convert("RGB").save(root / "train" / f"{name}.jpg", quality=98)
+            mask = Image.fromarray(masks[name])
+            mask.putpalette([0, 0, 0, 255, 255, 255])  # the published files have two colours
+            mask.save(root / "train_masks" / f"{name}_mask.gif")
+    return masks
+
+
+def nyu_v2(root: Path, scenes: int = 4, frames: int = 3) -> dict[str, np.ndarray]:
+    """DenseDepth's folders and lists; the depths in metres by the path of their photograph."""
+    draw, depths = np.random.default_rng(6), {}
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    pairs = [("train", f"room_{s:04}_out/{f}.jpg", f"room_{s:04}_out/{f}.png") for s in range(scenes) for f in range(1, frames + 1)]
+    pairs += [("test", f"{n:05}_colors.png", f"{n:05}_depth.png") for n in (0, 1, 8)]
+    for split, photograph, depth in pairs:
+        paths = [f"data/nyu2_{split}/{name}" for name in (photograph, depth)]
+        (root / paths[0]).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(root / paths[0])
+        if split == "train":
+            stored = draw.integers(20, 256, (24, 32), dtype=np.uint8)
+            depths[paths[0]] = stored / 25.5
+        else:
+            stored = draw.integers(700, 10_000, (24, 32), dtype=np.uint16)
+            depths[paths[0]] = stored / 1000
+        Image.fromarray(stored).save(root / paths[1])
+        lines[split].append(",".join(paths))
+    for split, end in (("train", "\r\n"), ("test", "\n")):
+        (root / f"data/nyu2_{split}.csv").write_bytes((end.join(lines[split]) + end).encode())
+    return depths

@@ -40,7 +40,18 @@ def parameters() -> dict[str, Any]:
         "max_drop": 0.5,
         "target": None,
     }
-    diet = {"groups": 2, "score": "sum", "select": "max", "protect": [], "distill": None}
+    diet = {
+        "groups": 2,
+        "target": None,
+        "multiple": 8,
+        "concat": "aware",
+        "weights": "inherited",
+        "score": "sum",
+        "select": "max",
+        "protect": [],
+        "distill": None,
+        "sensitivity": None,
+    }
     expansion = {
         "method": "kflo",
         "layers": ["*"],
@@ -61,6 +72,7 @@ def parameters() -> dict[str, Any]:
             "start_layers": ["*"],
             "overparameterize": expansion,
             "revive": {"method": "finetune"},
+            "compress": {"method": "finetune", "distill": None, "sensitivity": None},
             "bias_lr": 1.0,
             "ema": None,
             "fit": dict(fit),
@@ -71,7 +83,7 @@ def parameters() -> dict[str, Any]:
             "restart": {"method": "restart", "include_residual": False, "batchnorm": "reset", "fit": dict(fit)} | restart,
         },
         "compress": {
-            "none": {"method": "finetune", "distill": None, "fit": fit | {"epochs": 0}},
+            "none": {"method": "finetune", "distill": None, "sensitivity": None, "fit": fit | {"epochs": 0}},
             "diet": {"method": "diet", "fit": fit | {"epochs": 0}} | diet,
         },
         "export": {"opset": 20, "atol": 1e-4, "rtol": 1e-3},

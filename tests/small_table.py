@@ -31,6 +31,7 @@ def small() -> dict[str, Any]:
             "ema": None,
             "overparameterize": {"method": "none"},
             "revive": {"method": "finetune"},
+            "compress": {"method": "finetune", "distill": None, "sensitivity": None},
             "fit": fit,
         },
         "methods": {"plain": {}, "kflo": {"overparameterize": kflo}, "transfer": {"overparameterize": kflo, "start_from": start}},

@@ -18,7 +18,8 @@ from pipeline.data.batches import Prepared
 from pipeline.errors import InputError
 from pipeline.layers import ChannelSelect, filtering_layers
 from pipeline.overparameterize import collapse, overparameterize
-from pipeline.surgery import shrink, structure
+from pipeline.structure import structure
+from pipeline.surgery import shrink
 
 ROOT = Path(__file__).parent.parent
 EXPANSION = {"method": "kflo", "arguments": {"depth": 2, "width": 1.5, "l2_factor": 1.0, "mixer_decay": 1e-9}}

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.channels import follow
-from pipeline.compress.diet import Options, create, diet, group_channels
+from pipeline.compress.diet import Options, create, diet
 from pipeline.config import Distill
 from pipeline.distillation import Distillation
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
+from pipeline.grouping import group_channels
 from pipeline.layers import filtering_layers
 from pipeline.overparameterize import collapse, kflo, overparameterize
 from pipeline.training import train
@@ -244,7 +245,8 @@ def test_what_cannot_be_divided_is_refused_by_name() -> None:
 def options(**changes: Any) -> Options:
     fit = {"epochs": 1, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
     fit |= {"schedule": "cosine", "label_smoothing": 0.0, "select": "last", "precision": "fp32"}
-    usual = {"method": "diet", "groups": 2, "score": "sum", "select": "max", "protect": [], "distill": None, "fit": fit}
+    usual = {"method": "diet", "groups": 2, "target": None, "multiple": 8, "score": "sum", "select": "max", "concat": "aware"}
+    usual |= {"weights": "inherited", "protect": [], "distill": None, "sensitivity": None, "fit": fit}
     return Options.model_validate(usual | changes)
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.hooks import Hook, Run
 from pipeline.layers import filtering_layers
 from pipeline.overparameterize import overparameterize
-from pipeline.surgery import structure
+from pipeline.structure import structure
 
 CLOSE = 1e-4  # of the largest |output| or |weight|: fp32 sums in another order
 MERGED = 1e-5  # of the largest |output|: the same convolutions of the same kernels
@@ -46,7 +46,16 @@ REVIVE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 COMPRESS: dict[str, dict[str, Any]] = {
     "finetune": {},
-    "diet": {"groups": 2, "score": "sum", "select": "max", "protect": []},
+    "diet": {
+        "groups": 2,
+        "target": None,
+        "multiple": 8,
+        "concat": "aware",
+        "weights": "inherited",
+        "score": "sum",
+        "select": "max",
+        "protect": [],
+    },
     "selective": {"gamma": 0.5, "multiple": 1, "until": 1.0, "mean_batches": 2},
 }
 every_network = pytest.mark.parametrize("network", ZOO)
@@ -56,7 +65,7 @@ Pictures = Callable[[tuple[int, int, int]], Prepared]
 def hook(family: str, method: str) -> Hook:
     """The method as params.yaml would give it."""
     block = {"method": method, "fit": {**FIT, "epochs": 2}, **(REVIVE if family == "revive" else COMPRESS)[method]}
-    options = methods.options(family, "block", block | ({"distill": None} if family == "compress" else {}))
+    options = methods.options(family, "block", block | ({"distill": None, "sensitivity": None} if family == "compress" else {}))
     return methods.load(family, method).create(options)
 
 

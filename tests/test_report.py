@@ -189,7 +189,8 @@ def test_the_page_is_well_formed_and_loads_nothing(seeds):
     links = {attributes["href"] for tag, attributes in parsed.elements if tag == "a"}
     assert {link[1:] for link in links if link and link.startswith("#")} <= set(identities)
     events = [event for chain in made.chains for record in chain.records.values() for event in record["events"] if "epoch" in event]
-    points = 9 * 4 + len(events)  # MACs, size, two latencies; the triangles at filter norms
+    narrowed = sum(len(sample_records.LAYERS) for chain in made.chains if chain.compress != "none")  # a pair of bars for each layer
+    points = 9 * 4 + len(events) + narrowed  # MACs, size, two latencies; the triangles at filter norms
     assert sum(attributes.get("class") == "point" for _, attributes in parsed.elements) == points
 
 
@@ -226,7 +227,7 @@ def test_equal_records_give_equal_bytes_and_every_file_is_there(tmp_path: Path):
     costs = ("macs", "size_mb", "latency_cpu_b1_p50_ms", "latency_cpu_b32_p50_ms")
     plots = {
         f"{stem}.{form}"
-        for stem in ("curves-0", "filters-0", "channels-0", *(f"tradeoff-{c}" for c in costs))
+        for stem in ("curves-0", "filters-0", "channels-0", "widths-0", *(f"tradeoff-{c}" for c in costs))
         for form in ("svg", "png")
     }
     assert found.keys() == {"index.html", "table.csv", "table.md", "metrics.json", *plots}
@@ -264,7 +265,7 @@ def test_the_code_on_the_page_classifies_pixels_with_an_exported_file(tmp_path: 
     path.write_bytes(sample_records.onnx_bytes())
     pixels = np.random.default_rng(0).integers(0, 256, (5, 1, 4, 4), dtype=np.uint8)
     names: dict[str, Any] = {"path": path, "pixels": pixels}
-    exec(page.LOAD, names)  # the text that the page shows
+    exec(page.LOAD + page.ANSWERS["classify"], names)  # the text that the page shows
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     expected = session.run(None, {"images": ((pixels / 255 - 0.25) / 0.5).astype(np.float32)})[0]
     assert np.allclose(names["logits"], expected, rtol=1e-5)

@@ -1,95 +1,25 @@
-"""Selective convolution against Monte-Carlo activities, a scan over single channels, and the network with closed gates."""
+"""Selective convolution as a compress method: what it treats, when and what it closes, and the network without closed channels."""
 
 import copy
 from typing import Any
 
 import pytest
 import torch
+from conftest import FIT
+from pydantic import ValidationError
+from test_ecdm import scan
 from torch import Tensor, nn
 
 from pipeline import models
-from pipeline.compress.selective import Options, Selective, activity, create, deallocate, ecdm, measured_means
+from pipeline.compress.selective import Options, Selective, create
+from pipeline.ecdm import activity
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, reestimate_batchnorm
 from pipeline.hooks import Hook, Run
 from pipeline.layers import ChannelSelect
 from pipeline.overparameterize import collapse, kflo, overparameterize
+from pipeline.selection import measured_means
 from pipeline.training import train
-
-
-def test_activity_has_the_values_of_the_published_form() -> None:
-    scale, shift = torch.tensor([1, 0.5, 0.01, 1, 0.02, 0.8]), torch.tensor([0, 0.1, -0.5, 0.2, -0.3, 0])
-    wanted = torch.tensor([0.398942, 0.253447, 0, 0.506895, 0, 0.319154])
-    torch.testing.assert_close(activity(scale, shift), wanted, rtol=0, atol=1e-6)
-    torch.testing.assert_close(activity(-scale, shift), wanted, rtol=0, atol=1e-6)
-    flat = activity(torch.zeros(3), torch.tensor([-1.0, 0.0, 2.0]))
-    torch.testing.assert_close(flat, torch.tensor([0.0, 0.0, 2.0]))
-
-
-def test_activity_is_the_mean_of_a_rectified_normal() -> None:
-    draws = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for scale, shift in ((1.0, 0.3), (0.7, -0.9), (-2.0, 0.5), (0.1, 1.0)):
-        samples = (scale * draws + shift).relu()
-        error = 4 * float(samples.std()) / len(draws) ** 0.5
-        assert float(activity(torch.tensor(scale), torch.tensor(shift))) == pytest.approx(float(samples.mean()), abs=error)
-
-
-def test_the_damage_matrix_sums_each_kernel_with_its_sign_activity_and_gate() -> None:
-    torch.manual_seed(0)
-    weight, mean, gate = torch.randn(4, 5, 3, 2), torch.rand(5), torch.tensor([1.0, 0, 1, 1, 0])
-    matrix = ecdm(weight, mean, gate)
-    assert matrix.shape == (4, 5)
-    for o in range(4):
-        for i in range(5):
-            wanted = float(mean[i]) * float(gate[i]) * sum(weight[o, i].flatten().tolist())
-            assert float(matrix[o, i]) == pytest.approx(wanted, abs=1e-5)
-
-
-def scan(matrix: Tensor, gamma: float) -> set[int]:
-    """The prefix that the authors' loop closes, channel by channel."""
-    shares = [[abs(v) / (sum(map(abs, row)) + 1e-8) for v in row] for row in matrix.double().tolist()]
-    order = sorted(range(matrix.shape[1]), key=lambda i: max(row[i] for row in shares))
-    closed: list[int] = []
-    for i in order:
-        if max(sum(row[j] for j in [*closed, i]) for row in shares) > gamma:
-            return set(closed)
-        closed.append(i)
-    return set()  # all of it could go: nothing does
-
-
-@pytest.mark.parametrize("gamma", [0.001, 0.05, 0.3, 0.9])
-def test_deallocation_closes_the_longest_prefix_whose_damage_stays_within_gamma(gamma: float) -> None:
-    torch.manual_seed(0)
-    for trial in range(60):
-        outputs, inputs = int(torch.randint(1, 9, ())), int(torch.randint(1, 20, ()))
-        matrix = torch.randn(outputs, inputs) * torch.rand(inputs) ** 8
-        matrix[:, torch.rand(inputs) < 0.2 * (trial % 3)] = 0
-        closed = deallocate(matrix, gamma)
-        assert set(closed.nonzero().flatten().tolist()) == scan(matrix, gamma)
-        shares = matrix.abs() / matrix.abs().sum(1, keepdim=True).clamp(min=1e-30)
-        if closed.any():
-            assert shares[:, closed].sum(1).max() <= gamma + 1e-6
-            following = shares.amax(0).masked_fill(closed, 2.0).argmin()
-            assert shares[:, closed].sum(1).add(shares[:, following]).max() > gamma - 1e-6
-
-
-def test_a_multiple_keeps_the_most_damaging_channels_up_to_it() -> None:
-    torch.manual_seed(0)
-    for multiple in (1, 3, 4, 8, 40):
-        matrix = torch.randn(5, 26) * torch.rand(26) ** 4
-        free, kept = deallocate(matrix, 0.3), deallocate(matrix, 0.3, multiple)
-        left = 26 - int(kept.sum())
-        assert left == min(26, -(-(26 - int(free.sum())) // multiple) * multiple)
-        assert not (kept & ~free).any()
-        shares = (matrix.abs() / matrix.abs().sum(1, keepdim=True)).amax(0)
-        assert not kept.any() or shares[kept].max() <= shares[~kept].min()
-
-
-def test_closed_channels_stay_closed_and_without_any_damage_nothing_is_closed() -> None:
-    matrix = torch.tensor([[0.0, 5.0, 0.0, 4.0, 0.001], [0.0, 4.0, 0.0, 5.0, 0.0]])
-    assert deallocate(matrix, 0.05).tolist() == [True, False, True, False, True]
-    assert not deallocate(torch.zeros(3, 4), 0.05).any()
-    assert not deallocate(torch.eye(4), 0.5).any()  # each channel is all that one output has
 
 
 class Net(nn.Module):
@@ -129,11 +59,33 @@ def network(expanded: bool = False, norms: bool = True) -> Net:
 
 
 def options(**changes: Any) -> Options:
-    fit = {"epochs": 1, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
-    fit |= {"schedule": "cosine", "label_smoothing": 0.0, "select": "last", "precision": "fp32"}
-    usual = {"method": "selective", "gamma": 0.05, "multiple": 1, "until": 0.5, "mean_batches": 2}
-    usual |= {"distill": None, "fit": fit}
+    usual: dict[str, Any] = {"method": "selective", "gamma": 0.05, "target": None, "multiple": 1, "until": 0.5, "mean_batches": 2}
+    usual |= {
+        "realloc": {},
+        "max_pointers": None,
+        "reset_momentum": False,
+        "compensate": False,
+        "distill": None,
+        "sensitivity": None,
+        "fit": FIT,
+    }
     return Options.model_validate(usual | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"gamma": None}, "either gamma or target"),
+        ({"target": {"of": "macs", "fraction": 0.5}}, "either gamma or target"),
+        ({"gamma": None, "target": {"of": "macs", "fraction": 0.5}, "realloc": {"1x1": 3}}, "realloc needs gamma"),
+        ({"realloc": {"1": 3}}, "sizes of kernels, as {1x1: 3}"),
+        ({"realloc": {"1x1": -1}}, "greater than or equal to 0"),
+        ({"max_pointers": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        options(**changes)
 
 
 def test_ungrouped_convolutions_behind_the_first_are_treated_and_the_rest_is_told() -> None:
@@ -151,17 +103,61 @@ def test_ungrouped_convolutions_behind_the_first_are_treated_and_the_rest_is_tol
     assert hook.measured == ["layer2.0.conv1", "layer3.0.conv1"]  # they read a sum; the first reads bn1's ReLU
     bottleneck = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 4, 1))
     hook.coverage(bottleneck, (3, 16, 16))
-    assert hook.names == ["1"]  # the last reads groups, which must stay of equal width
+    assert hook.names == ["1", "4"]
     with pytest.raises(InputError, match="no ungrouped convolution behind its first"):
         hook.coverage(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4)), (3, 16, 16))
+
+
+PAPER: dict[str, tuple[dict[str, Any], str, str, str]] = {  # K = 3, K = 0 and untouched layers, by how their names end
+    "densenet": (
+        {"depth": 10, "growth": 4, "compression": 0.5, "stem": "cifar"},
+        "conv1 transition1.conv transition2.conv",
+        "conv2",
+        "",
+    ),
+    "resnet_preact": ({"depth": 11, "stem": "cifar"}, "0.conv1 0.conv3", "conv2", "conv1"),
+    "resnext": ({"depth": 11, "cardinality": 2, "width": 4, "stem": "cifar"}, "0.conv1 0.conv3", "", "conv1 conv2"),
+    "condensenet": ({"depth": 8, "growth": 4, "groups": 4, "dropout": 0.1}, "conv1", "", "conv2"),
+}
+
+
+@pytest.mark.parametrize("network", PAPER)
+def test_the_published_networks_are_treated_as_published(network: str) -> None:
+    arguments, redirected, closed, whole = PAPER[network]
+    model = models.build(network, input_shape=(3, 8, 8), classes=10, **arguments)
+    hook = Selective(options(realloc={"1x1": 3}))
+    notes = hook.coverage(model, (3, 8, 8))
+    assert hook.sources and set(hook.sources.values()) == {3} and not hook.measured
+    ends = lambda names, wanted: all(any(name.endswith(end) for end in wanted.split()) for name in names)  # noqa: E731
+    assert ends(hook.sources, redirected) and ends({*hook.names} - {*hook.sources}, closed)
+    others = {name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)} - {*hook.names}
+    assert ends(others, f"{whole} conv0") and len(notes) == 1 and all(name in notes[0] for name in others)
+    assert len(hook.names) + len(others) == sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+
+
+def test_slots_are_redirected_only_where_batch_norm_and_relu_are_the_convolutions_own() -> None:
+    hook = Selective(options(realloc={"3x3": 2, "1x1": 5}))
+    notes = hook.coverage(network(), (1, 16, 16))
+    assert hook.sources == {"averaged": 5}  # the ReLU before `rectified` goes into a sum too, `pooled` reads no ReLU
+    assert "selective closes channels of rectified, pooled for good: no batch norm and ReLU of their own to redirect" in notes
+    hook.coverage(models.build("resnet", input_shape=(3, 16, 16), classes=10, depth=8), (3, 16, 16))
+    assert hook.sources == {f"layer{i}.0.conv2": 2 for i in (1, 2, 3)}  # the first convolution's ReLU also goes into the shortcut
+    with pytest.raises(InputError, match="no convolution of such a size has a batch norm and ReLU of its own"):
+        Selective(options(realloc={"5x5": 3})).coverage(network(), (1, 16, 16))
+    shared: Any = network()
+    shared.relu2 = shared.relu1  # one module, called twice
+    hook.coverage(shared, (1, 16, 16))
+    assert hook.sources == {"averaged": 5}
 
 
 def test_measured_means_are_those_of_what_the_layer_reads(make_run: Any) -> None:
     model, run = network().train(), make_run(nn.Identity())
     batches = [batch for batch, _ in zip(run.train.epoch(0), range(3), strict=False)]
-    found = measured_means(model, ["pooled"], iter(batches), 2)["pooled"]
+    means, sizes = measured_means(model, ["pooled"], iter(batches), 2)["pooled"]
     read = model.pool3(model.averaged(model.pool2(rectified(model.eval(), torch.cat([images for images, _ in batches[:2]])))))
-    torch.testing.assert_close(found, read.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(means, read.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sizes, read.abs().mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert (sizes > means.abs() + 0.01).any()  # else the two say the same
 
 
 def rectified(model: Net, x: Tensor) -> Tensor:
@@ -178,14 +174,14 @@ def test_closing_uses_the_batch_norm_or_the_measured_mean_and_only_ever_closes(m
     means = {"rectified": activity(model.bn1.weight, model.bn1.bias), "averaged": activity(model.bn2.weight, model.bn2.bias)}
     opened: dict[str, Tensor] = {}
     for _ in range(2):
-        means |= measured_means(model, ["pooled"], run.train.epoch(run.epoch), 2)
+        means["pooled"] = measured_means(model, ["pooled"], run.train.epoch(run.epoch), 2)["pooled"][1]
         wanted = {}
         for name in hook.names:
             layer = model.get_submodule(name)
-            wanted[name] = scan(means[name] * layer.gate * layer.weight.detach().sum((2, 3)), 0.3)
-        hook.close(run)
+            wanted[name] = scan(means[name] * layer.gate.open * layer.weight.detach().sum((2, 3)), 0.3)
+        hook.rewire(run, 1.0)
         for name in hook.names:
-            gate = model.get_submodule(name).gate
+            gate = model.get_submodule(name).gate.open
             assert set((gate == 0).nonzero().flatten().tolist()) == wanted[name] and wanted[name]
             assert name not in opened or (gate <= opened[name]).all()
             opened[name] = gate.clone()
@@ -197,8 +193,8 @@ def test_a_closed_column_keeps_its_weights_and_gets_no_gradient_from_the_data(ma
     hook, run = Selective(options()), make_run(model)
     hook.coverage(model, run.input_shape)
     hook.prepare(run)
-    assert {f"{name}.gate" for name in hook.names} <= set(model.state_dict())  # so that a resumed run has them
-    model.averaged.gate[[1, 5]] = 0
+    assert {f"{name}.gate.open" for name in hook.names} <= set(model.state_dict())  # so that a resumed run has them
+    model.averaged.gate.open[[1, 5]] = 0
     before = model.averaged.weight.detach().clone()
     model(torch.randn(4, 1, 16, 16)).square().sum().backward()
     gradient = model.averaged.weight.grad
@@ -219,6 +215,8 @@ def test_deallocation_follows_the_epochs_that_begin_in_the_first_part_but_not_th
 class Before(Hook):
     """Keeps the gated network as it is when training ends."""
 
+    model: Any
+
     def finish(self, run: Run) -> None:
         self.model = copy.deepcopy(run.model)
 
@@ -228,7 +226,7 @@ class Before(Hook):
 def test_cutting_the_closed_channels_changes_no_output(make_run: Any, norms: bool, expanded: bool) -> None:
     run, before = make_run(network(expanded, norms), epochs=3, lr=0.02), Before()
     small: Any = train(run, [*([kflo.Hook()] if expanded else []), before, create(options(gamma=0.2))])
-    gates = {name: before.model.get_submodule(name).gate for name in ("rectified", "averaged", "pooled")}
+    gates = {name: before.model.get_submodule(name).gate.open for name in ("rectified", "averaged", "pooled")}
     surgery, batchnorm = run.events[-2:]
     assert surgery["removed"] == {name: int((gate == 0).sum()) for name, gate in gates.items()}
     assert all(surgery["removed"].values()) and batchnorm["batches"] == len(run.train) * norms

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.channels import follow
-from pipeline.compress.diet import group_channels
 from pipeline.errors import InputError
+from pipeline.grouping import group_channels
 from pipeline.layers import ChannelSelect, filtering_layers
 from pipeline.overparameterize import overparameterize
 from pipeline.structure import restructure, structure

@@ -171,7 +171,7 @@ def test_artifacts_lie_beside_the_database_and_shared_ones_are_uploaded_once(sto
     copies = list((store.folder / "mlartifacts").rglob("model.safetensors"))
     assert len(copies) == 1 + 1 + 2 + 2  # train, revive, two of compress, two of collapse
     assert store.files(store.tops("first")["finetune-diet-0"], "plots") == {
-        f"plots/{n}.svg" for n in ("accuracy", "loss", "channels", "filters")
+        f"plots/{n}.svg" for n in ("accuracy", "loss", "channels", "filters", "widths")
     }
 
 

@@ -83,7 +83,7 @@ def run_on(data: Prepared, model: nn.Module, chosen: Fit | None = None, seed: in
 
 
 def method(family: str, name: str, **options: Any) -> Hook:
-    block = {"method": name, "fit": FIT, **options} | ({"distill": None} if family == "compress" else {})
+    block = {"method": name, "fit": FIT, **options} | ({"distill": None, "sensitivity": None} if family == "compress" else {})
     return methods.load(family, name).create(methods.options(family, "block", block))
 
 
@@ -99,7 +99,16 @@ REPEATING, IMPATIENT = RESTART | {"divisor": 11}, RESTART | {"patience": 1}
 RANDOM = REACTIVATION | {"selection": "random"}
 EVOLUTION: dict[str, Any] = {"rule": "code", "share": 0.9, "norm_share": 0.9, "local": 0.9, "force": 2}
 EVOLUTION |= {"period": 2, "divisors": [1.0, 2.0], "steepness": 1.0}
-DIET: dict[str, Any] = {"groups": 2, "score": "random", "select": "max", "protect": []}
+DIET: dict[str, Any] = {
+    "groups": 2,
+    "target": None,
+    "multiple": 8,
+    "concat": "aware",
+    "weights": "inherited",
+    "score": "random",
+    "select": "max",
+    "protect": [],
+}
 SELECTIVE: dict[str, Any] = {"gamma": 0.4, "multiple": 1, "until": 0.8, "mean_batches": 2}
 TEACHER = Distill(loss="kl", weight=2.0, temperature=3.0)
 # Hooks, changes of the fit, expanded or not.

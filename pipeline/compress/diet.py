@@ -8,141 +8,122 @@ concatenation and flatten stays consistent, and nothing is sorted. The index is 
 would keep. What enters the network and what leaves it keeps its width, and so do the layers named in `protect`.
 
 A layer follows the channels it reads, wherever they come from: behind a concatenation it keeps the group's part of every segment
-(the thesis's pseudo-code would keep the first segment alone). Where residual adds tie a layer's channels to an earlier layer's,
-they follow that layer, and the rest of them are divided evenly.
+(`concat: aware`; `naive` is the thesis's pseudo-code, which keeps the first segment's kernels alone). Where residual adds tie a
+layer's channels to an earlier layer's, they follow that layer, and the rest of them are divided evenly. With a target in place of
+g, the groups are windows of the length that brings the network there. The control `weights: random` is the same small network,
+drawn anew.
 """
 
-from fnmatch import fnmatch
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline import hooks
+from pipeline.budget import Budget
 from pipeline.channels import Channels, follow
-from pipeline.config import CompressBlock
+from pipeline.config import CompressBlock, Target
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, reestimate_batchnorm
-from pipeline.surgery import drop, shrink
+from pipeline.families import Families
+from pipeline.grouping import full_width, group_channels, group_scores, take_naively, windows
+from pipeline.latency_budget import fit_latency
+from pipeline.layers import edit, filtering_layers
+from pipeline.surgery import Shape, drop, shrink
 
 
 class Options(CompressBlock):
     """A block under `compress:`."""
 
     method: Literal["diet"]
-    groups: int = Field(ge=2)  # g
+    groups: int | None = Field(ge=2)  # g; null: as the target says
+    target: Target | None  # what the network shall come to; null: as the groups say
+    multiple: int = Field(ge=1)  # with a target: outputs of layers come in multiples of it where they are that many
     score: Literal["sum", "abs", "weights_only", "first", "random"]
     select: Literal["max", "min"] | int  # which score wins, or the index of a group
+    concat: Literal["aware", "naive"]
+    weights: Literal["inherited", "random"]
     protect: list[str]  # layers that keep their outputs: names, * for any text
 
     @model_validator(mode="after")
     def _selects_a_group(self) -> Self:
-        if isinstance(self.select, int) and not 0 <= self.select < self.groups:
+        if (self.groups is None) == (self.target is None):
+            raise PydanticCustomError("groups", "give groups or a target, and null for the other")
+        if self.groups and isinstance(self.select, int) and not 0 <= self.select < self.groups:
             raise PydanticCustomError("group", "select must be max, min or a group from 0 to {last}", {"last": self.groups - 1})
+        if self.groups is None and self.concat == "naive":
+            raise PydanticCustomError("concat", "concat: naive is defined for groups alone: give groups, or concat: aware")
         return self
 
 
 def diet(
     model: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: Shape,
     *,
-    groups: int = 2,
+    groups: int | None = 2,
+    target: Target | None = None,
+    multiple: int = 8,
     score: str = "sum",
     select: str | int = "max",
+    concat: str = "aware",
     protect: tuple[str, ...] = (),
     generator: torch.Generator | None = None,
+    drawn: nn.Module | None = None,
 ) -> tuple[nn.Module, dict[str, object]]:
-    """A copy of `model` at 1/groups of its widths, and what was decided: the scores, the group, the layers left alone.
+    """A copy of `model` at 1/groups of its widths, or at the target, and what was decided: the scores, the group, the layers left
+    alone. With `drawn`, a network like `model` with fresh weights, these are taken instead, with the spread that they would have
+    had in a network of the smaller widths.
 
     `InputError` names the layer whose channels do not divide, a pattern in `protect` that matches no layer, a group that does
     not exist, and says so when nothing may be cut. Re-estimate the batch norms before using the result.
     """
-    if isinstance(select, int) and not 0 <= select < groups:
-        raise InputError(f"diet: select = {select}, but the {groups} groups are counted from 0 to {groups - 1}")
     channels = follow(model, input_shape)
-    label = group_channels(channels, groups, protect)
-    scores = group_scores(model, channels, label, groups, score, generator)
+    label, facts = labelled(model, input_shape, channels, groups, target, multiple, protect)
+    count = max(label.values()) + 1
+    if isinstance(select, int) and not 0 <= select < count:
+        raise InputError(f"diet: select = {select}, but the {count} groups are counted from 0 to {count - 1}")
+    scores = group_scores(model, channels, label, count, score, generator)
     best = max if select == "max" else min
-    chosen = select if isinstance(select, int) else best(range(groups), key=lambda group: scores[group])
-    smaller = shrink(model, input_shape, drop(channels, {channel for channel, group in label.items() if group != chosen}))
-    return smaller, {"scores": scores, "group": chosen, "full_width": full_width(channels, label)}
+    chosen = select if isinstance(select, int) else best(range(count), key=lambda group: scores[group])
+    cut = drawn if drawn is not None else model
+    smaller = shrink(cut, input_shape, drop(channels, {channel for channel, group in label.items() if group != chosen}))
+    if concat == "naive":
+        take_naively(cut, smaller, channels, label, chosen, count)
+    if drawn is not None:
+        _as_if_drawn_small(drawn, smaller)
+    return smaller, {"scores": scores, "group": chosen, "full_width": full_width(channels, label), **facts}
 
 
-def full_width(channels: Channels, label: dict[int, int]) -> list[str]:
-    """The layers that keep all their outputs."""
-    return [name for name, ids in channels.outputs.items() if not any(channels.find(channel) in label for channel in ids)]
+def _as_if_drawn_small(whole: nn.Module, smaller: nn.Module) -> None:
+    """Kernels with the spread of the small network's own start: it goes with the root of the inputs of a filter."""
+    inputs = {name: layer.weight[0].numel() for name, layer in filtering_layers(whole)}
+    for name, layer in filtering_layers(smaller):
+        ratio = inputs[name] / layer.weight[0].numel()
+        if ratio != 1:
+            edit(layer, "weight", lambda kernels, ratio=ratio: kernels * ratio**0.5)
 
 
-def group_channels(channels: Channels, groups: int, protect: tuple[str, ...] = ()) -> dict[int, int]:
-    """The group of every channel that may go, by the id that stands for it."""
-    for pattern in protect:
-        if not any(fnmatch(name, pattern) for name in channels.outputs):
-            raise InputError(f"diet: protect = {pattern!r} matches no layer; layers are {', '.join(channels.outputs)}")
-    kept = set(channels.pins())
-    for name, ids in channels.outputs.items():
-        if any(fnmatch(name, pattern) for pattern in protect):
-            kept |= {channels.find(channel) for channel in ids}
-    label: dict[int, int] = {}
-    for name, ids in channels.outputs.items():
-        free = list(dict.fromkeys(c for c in map(channels.find, ids) if c not in kept and c not in label))
-        if len(free) % groups:
-            raise InputError(f"diet: the {len(free)} channels of layer {name} do not divide into {groups} groups; protect it")
-        label |= {channel: position * groups // len(free) for position, channel in enumerate(free)}
-    if not label:
-        raise InputError("diet: every channel of the network is protected or pinned; there is nothing to cut")
-    return label
-
-
-def group_scores(
+def labelled(
     model: nn.Module,
+    input_shape: Shape,
     channels: Channels,
-    label: dict[int, int],
-    groups: int,
-    score: str,
-    generator: torch.Generator | None = None,
-) -> list[float]:
-    """The score of each group: the sum over every tensor that the cut changes of the slice that the group would keep.
-
-    `sum` is signed and takes kernels, biases, batch-norm parameters and statistics, as the thesis; `abs` their absolute values;
-    `weights_only` the signed kernels alone; `first` prefers group 0 and `random` draws.
-    """
-    if score == "first":
-        return [float(groups - group) for group in range(groups)]
-    if score == "random":
-        return torch.rand(groups, generator=generator).tolist()
-    modules: dict[str, Any] = dict(model.named_modules())
-    sums = torch.zeros(groups, dtype=torch.float64)
-    marks = lambda ids: torch.tensor([label.get(channels.find(channel), -1) for channel in ids])  # noqa: E731
-    for name, module in modules.items():
-        if name in channels.outputs:
-            made, read = marks(channels.outputs[name]), marks(channels.inputs[name])
-            _add_slices(sums, module.weight, (made, read), score)
-            if module.bias is not None and score != "weights_only":
-                _add_slices(sums, module.bias, (made,), score)
-        elif name in channels.channelwise:
-            own = marks(channels.channelwise[name])
-            for tensor in ("weight", "bias", "running_mean", "running_var"):
-                counted = score != "weights_only" or (tensor == "weight" and isinstance(module, nn.Conv2d))
-                if counted and getattr(module, tensor, None) is not None:
-                    _add_slices(sums, getattr(module, tensor), (own,), score)
-    return sums.tolist()
-
-
-def _add_slices(sums: Tensor, tensor: Tensor, axes: tuple[Tensor, ...], score: str) -> None:
-    """Add to each group the sum of its slice: its channels in every axis that the cut changes, all of the others."""
-    if all((axis < 0).all() for axis in axes):
-        return
-    values = tensor.detach().double().cpu()
-    values = values.abs() if score == "abs" else values
-    if len(axes) == 2 and values.shape[1] != len(axes[1]):
-        axes = axes[:1]  # a grouped convolution: its second axis counts channels inside one group
-    for group in range(len(sums)):
-        part = values
-        for dimension, axis in enumerate(axes):
-            part = part.index_select(dimension, ((axis < 0) | (axis == group)).nonzero().flatten())
-        sums[group] += part.sum()
+    groups: int | None,
+    target: Target | None,
+    multiple: int,
+    protect: tuple[str, ...],
+) -> tuple[dict[int, int], dict[str, Any]]:
+    """The group of every channel that may go, and what a search for the target found."""
+    if groups is not None:
+        return group_channels(channels, groups, protect), {}
+    assert target is not None
+    families = Families(model, channels, protect=protect, multiple=multiple)
+    budget = Budget(families, {unit: 0.0 for family in families.all for unit in family.units}, "layer")
+    of, fraction = target.of, target.fraction
+    choice = fit_latency(model, input_shape, budget, fraction) if of == "latency" else budget.target(of, fraction)
+    found = {**choice.shares, **choice.latency} | ({"note": choice.note} if choice.note else {})
+    return windows(families, choice.kept), found
 
 
 class Diet(hooks.Hook):
@@ -151,9 +132,12 @@ class Diet(hooks.Hook):
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def coverage(self, model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
-        channels = follow(model, input_shape)
-        label = group_channels(channels, self.options.groups, tuple(self.options.protect))
+    def coverage(self, model: nn.Module, input_shape: Shape) -> list[str]:
+        options, channels = self.options, follow(model, input_shape)
+        protect, target = tuple(options.protect), options.target
+        if target is not None and target.of == "latency":  # it is measured once there are weights
+            target = Target(of="macs", fraction=target.fraction)
+        label, _ = labelled(model, input_shape, channels, options.groups, target, options.multiple, protect)
         whole = full_width(channels, label)
         notes = [f"diet leaves {', '.join(whole)} at full width: protected, or what enters or leaves the network"]
         return notes + [f"diet: {what}" for what in channels.untreated]
@@ -164,10 +148,14 @@ class Diet(hooks.Hook):
             run.model,
             run.input_shape,
             groups=options.groups,
+            target=options.target,
+            multiple=options.multiple,
             score=options.score,
             select=options.select,
+            concat=options.concat,
             protect=tuple(options.protect),
             generator=run.generator("diet"),
+            drawn=run.redrawn() if options.weights == "random" else None,
         )
         run.model.to(run.device)
         before = evaluate(run.model, run.validation).accuracy

@@ -19,6 +19,8 @@ from torch import Tensor
 from pipeline import files
 from pipeline.config import Augment, Crop
 from pipeline.data import stream, views
+from pipeline.data.raw import TaskName
+from pipeline.data.targets import TYPES, Targets
 from pipeline.errors import InputError
 
 FORMAT = 2
@@ -42,6 +44,7 @@ class Prepared:
     root: Path | None  # of the image files, where storage is stream
     stored: tuple[int, int, int]  # C, H, W
     crop: Crop | None  # from what is stored to what networks see
+    task: TaskName = "classify"  # what networks are to answer; older folders do not say
 
 
 def load(folder: Path) -> Prepared:
@@ -50,7 +53,8 @@ def load(folder: Path) -> Prepared:
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise _damaged(folder / "data.json", f"its format is not {FORMAT}")
     try:
-        known = {key: card[key] for key in Prepared.__dataclass_fields__ if key != "folder"}
+        known = {key: card[key] for key in Prepared.__dataclass_fields__ if key not in ("folder", "task")}
+        known["task"] = card.get("task", "classify")
         prepared = TypeAdapter(Prepared).validate_python({"folder": folder, **known})
         sizes = {name: int(card["files"][name]) for split in SPLITS for name in _names(prepared, split)}
         fits = len(prepared.mean) == len(prepared.std) == prepared.shape[0] and set(prepared.counts) == set(SPLITS)
@@ -76,7 +80,7 @@ def seen(stored: tuple[int, int, int], crop: Crop | None) -> tuple[int, int, int
 
 
 class Batches:
-    """The images and labels of one split, in batches.
+    """The images of one split and their labels, or targets for every pixel, in batches.
 
     With `shuffle` (training) images come in a new order each epoch and an incomplete last batch is dropped unless it is
     the only one; without, all come in the order of the split. `augment` (None: no change) pads by p pixels and crops back
@@ -108,7 +112,6 @@ class Batches:
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (prepared.mean, prepared.std))
         self._scale = (1 / (255 * std)).float().repeat(width).to(self.device)  # (W * C,)
         self._shift = (-mean / std).float().repeat(width).to(self.device)
-        self._labels = torch.from_numpy(np.load(prepared.folder / f"{split}_labels.npy")).to(self.device)
         self._boxes = augment.scale if augment else None
         self._resampled = prepared.crop is not None or self._boxes is not None
         if prepared.crop and self._boxes is None:
@@ -117,9 +120,15 @@ class Batches:
         self._pixels: Tensor | None = None
         if prepared.storage == "memory":
             pixels = torch.from_numpy(np.load(prepared.folder / f"{split}_images.npy")).to(self.device)
-            self._pixels = pixels if self._resampled else _padded(pixels, augment)
+            self._pixels = pixels if self._resampled else views.pad(pixels, augment)
         else:
             self._files = _listed(prepared, split)
+        self._targets: Targets | None = None
+        if prepared.task == "classify":
+            self._labels = torch.from_numpy(np.load(prepared.folder / f"{split}_labels.npy")).to(self.device)
+        else:
+            path, memory = prepared.folder / f"{split}_targets.npy", prepared.storage == "memory"
+            self._targets = Targets(path, memory, self.device, augment, self._resampled)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -127,7 +136,8 @@ class Batches:
         return whole + (rest > 0 and not (self.shuffle and whole > 0))
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Epoch `number`: float32 images (B, C, h, w), normalised, and int64 labels (B,), both on the device."""
+        """Epoch `number`: float32 images (B, C, h, w), normalised, and int64 labels (B,), or float32 masks of 0 and 1 or depths in
+        metres (B, h, w), as `prepared.task` says; all on the device."""
         draw = torch.Generator()
         draw.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{number}".encode()).digest()[:8], "big"))
         order = torch.randperm(self.count, generator=draw) if self.shuffle else torch.arange(self.count)
@@ -137,10 +147,12 @@ class Batches:
         flips = torch.rand(self.images, generator=draw) < 0.5
         if self._boxes is not None:
             places = views.draw_boxes(self.images, self.prepared.stored[1:], self._boxes, draw)
-        labels = self._labels[order.to(self.device)].split(self.batch_size)
         places, flips = places.to(self.device).split(self.batch_size, 1), flips.to(self.device).split(self.batch_size)
-        for (pixels, picks), place, flip, label in zip(self._pools(order), places, flips, labels, strict=True):
-            yield self._view(pixels, picks, place, flip), label
+        streamed = self._targets is not None and self._targets.pool is None
+        indices = (order if streamed else order.to(self.device)).split(self.batch_size)
+        batches = zip(self._pools(order), indices, places, flips, strict=True)
+        for (pixels, picks), numbers, place, flip in batches:
+            yield self._view(pixels, picks, numbers, place, flip if self.augment and self.augment.flip else None)
 
     def _pools(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each batch of `order` padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant.
@@ -154,59 +166,39 @@ class Batches:
         batches = [picks.tolist() for picks in order.split(self.batch_size)]
         for pixels in stream.read(self._files, batches, self.workers, pin=self.device.type == "cuda"):
             pixels = pixels.to(self.device, non_blocking=True)
-            pixels = pixels if self._resampled else _padded(pixels, self.augment)
+            pixels = pixels if self._resampled else views.pad(pixels, self.augment)
             yield pixels, torch.arange(len(pixels), device=self.device)
 
-    def _view(self, pixels: Tensor, picks: Tensor, places: Tensor, flips: Tensor) -> Tensor:
-        """Of the pool `pixels` the images `picks` as the network sees them: cropped at `places`, flipped, normalised."""
-        channels, _, width = self.prepared.shape
-        rows = self._resample(pixels[picks], places, flips) if self._resampled else self._cut(pixels, picks, places, flips)
+    def _view(self, pixels: Tensor, picks: Tensor, numbers: Tensor, places: Tensor, flips: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the pool `pixels` the images `picks` as the network sees them: cropped at `places`, flipped where `flips`, normalised;
+        and what belongs to them, which are the images `numbers` of the split."""
+        channels, height, width = self.prepared.shape
+        targets: Tensor | None = None
+        if self._resampled:
+            weights = self._weights(places, flips)
+            rows = views.resample(pixels[picks], *weights)
+            targets = self._targets.resample(numbers, *weights) if self._targets else None
+        else:
+            rows = views.cut(pixels, picks, places, flips, (height, width))
+            targets = self._targets.cut(numbers, places, flips, (height, width)) if self._targets else None
         # whole rows of w * C numbers: a last dimension of C = 3 would be ten times slower on a CPU
         images = rows.float().mul_(self._scale).add_(self._shift)
-        return images.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+        images = images.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+        return images, self._labels[numbers] if targets is None else targets
 
-    def _cut(self, pixels: Tensor, picks: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
-        """Of uint8 `pixels` (N, H + 2p, W + 2p, C) windows of the images `picks`: (B, H, W * C)."""
-        channels, height, width = self.prepared.shape
-        rows = pixels.flatten(2)  # (N, H + 2p, (W + 2p) * C)
-        # (N, 2p + 1, 2p + 1, H, W * C): a view, no copy
-        windows = rows.unfold(1, height, 1).unfold(2, width * channels, channels)
-        images = windows[picks, corners[0], corners[1]]  # (B, H, W * C)
-        if self.augment and self.augment.flip:
-            mirrored = images.unflatten(2, (width, channels)).flip(2).flatten(2)
-            images = torch.where(flips[:, None, None], mirrored, images)
-        return images
-
-    def _resample(self, pixels: Tensor, places: Tensor, flips: Tensor) -> Tensor:
-        """uint8 `pixels` (B, H, W, C), a box of each or a window of the prepared crop: (B, h, w * C)."""
+    def _weights(self, places: Tensor, flips: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of a box of each image, or a window of the prepared crop: weights of rows (B, h, H) and columns (B, w, W)."""
         if self._boxes is not None:
             rows, columns = views.of_boxes(places, self.prepared.stored[1:], self.prepared.shape[1:])
         else:
             both = zip(self._middle, places, self.prepared.shape[1:], strict=True)
             rows, columns = (views.windows(weights, starts, size) for weights, starts, size in both)
-        if self.augment and self.augment.flip:
-            columns = views.mirrored(columns, flips)
-        return views.resample(pixels, rows, columns)
-
-
-def _padded(pixels: Tensor, augment: Augment | None) -> Tensor:
-    """uint8 (N, H, W, C) -> (N, H + 2p, W + 2p, C): zeros (black) or mirror images without the edge pixel repeated."""
-    if augment is None or augment.pad == 0:
-        return pixels
-    pad, (images, height, width, channels) = augment.pad, pixels.shape
-    padded = pixels.new_zeros(images, height + 2 * pad, width + 2 * pad, channels)
-    padded[:, pad : pad + height, pad : pad + width] = pixels
-    if augment.pad_mode == "reflect":
-        for side, size in ((1, height), (2, width)):  # rows, then whole columns, corners included
-            first, last = pad, pad + size - 1
-            for step in range(1, pad + 1):
-                padded.select(side, first - step).copy_(padded.select(side, first + step))
-                padded.select(side, last + step).copy_(padded.select(side, last - step))
-    return padded
+        return rows, columns if flips is None else views.mirrored(columns, flips)
 
 
 def _names(prepared: Prepared, split: str) -> list[str]:
-    return [f"{split}_labels.npy", f"{split}_images.npy" if prepared.storage == "memory" else f"{split}_files.json"]
+    targets = f"{split}_labels.npy" if prepared.task == "classify" else f"{split}_targets.npy"
+    return [targets, f"{split}_images.npy" if prepared.storage == "memory" else f"{split}_files.json"]
 
 
 def _check(prepared: Prepared, split: str) -> None:
@@ -214,6 +206,8 @@ def _check(prepared: Prepared, split: str) -> None:
     channels, height, width = prepared.stored
     count = prepared.counts[split]
     expected: dict[str, tuple[str, tuple[int, ...]]] = {f"{split}_labels.npy": ("int64", (count,))}
+    if prepared.task != "classify":
+        expected = {f"{split}_targets.npy": (TYPES[prepared.task], (count, height, width))}
     if prepared.storage == "memory":
         expected[f"{split}_images.npy"] = ("uint8", (count, height, width, channels))
     elif prepared.root is None or not prepared.root.is_dir():
@@ -226,6 +220,8 @@ def _check(prepared: Prepared, split: str) -> None:
             raise _damaged(path, str(error)) from None
         if array.dtype != dtype or array.shape != shape:
             raise _damaged(path, f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
+    if prepared.task != "classify":
+        return
     labels = np.load(prepared.folder / f"{split}_labels.npy", allow_pickle=False)
     if not count or labels.min() < 0 or labels.max() >= len(prepared.classes):
         raise _damaged(prepared.folder / f"{split}_labels.npy", f"labels must be 0 to {len(prepared.classes) - 1}")

@@ -1,7 +1,8 @@
 """Raw data -> a folder of plain files that `batches.load` accepts, written whole or not at all.
 
 data.json                                 name, classes, shapes, crop, normalisation, counts, fingerprint, file sizes
-{train,validation,test}_labels.npy        int64 (N,)
+{train,validation,test}_labels.npy        int64 (N,)                                           (task: classify)
+{train,validation,test}_targets.npy       (N, H, W), see pipeline/data/targets.py              (other tasks)
 {train,validation,test}_images.npy        uint8 (N, H, W, C)                                   (storage: memory)
 {train,validation,test}_files.json        paths below `root` and lengths in bytes, (N,) each   (storage: stream)
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 from pipeline import files
 from pipeline.config import Data
-from pipeline.data import sources, stream
+from pipeline.data import sources, stream, targets
 from pipeline.data.batches import FORMAT, seen
 from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
@@ -104,16 +105,24 @@ def _divided(source: Source, options: Data) -> Source:
         raise InputError(f"data.root: {options.root} has no training images of class {names}: add some")
     for purpose, share in (("test", options.test), ("validation", options.validation)):
         if purpose not in splits:
-            whole = splits["train"]
-            kept, held = hold_out(whole.labels, source.classes, share, options.split_seed, purpose)
-            splits["train"] = Split(whole.images[kept], whole.labels[kept])
-            splits[purpose] = Split(whole.images[held], whole.labels[held])
+            kept, held = _hold_out(splits["train"], source.classes, share, options.split_seed, purpose)
+            splits[purpose] = splits["train"].take(held)
+            splits["train"] = splits["train"].take(kept)
     if options.per_class is not None:
         whole = splits["train"]
-        kept = draw(whole.labels, source.classes, options.per_class, options.split_seed)
-        splits["train"] = Split(whole.images[kept], whole.labels[kept])
+        splits["train"] = whole.take(draw(whole.labels, source.classes, options.per_class, options.split_seed))
     ordered = {name: splits[name] for name in ("train", "validation", "test")}
     return replace(source, splits=ordered)
+
+
+def _hold_out(whole: Split, classes: tuple[str, ...], share: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """As `hold_out`; of images in groups round(share * groups), at least 1, groups."""
+    if whole.groups is None:
+        return hold_out(whole.labels, classes, share, seed, purpose)
+    _, groups = np.unique(whole.groups, return_inverse=True)
+    _, held = hold_out(np.zeros(groups.max() + 1, np.int64), classes, share, seed, purpose)
+    inside = np.isin(groups, held)
+    return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def _layout(source: Source, options: Data) -> _Layout:
         images = sum(len(split.labels) for split in source.splits.values())
         storage = "memory" if source.root is None or images * int(np.prod(shape)) <= LIMIT else "stream"
     if storage == "stream" and (source.root is None or size is None):
-        needed = "data.name: folder or tiny_imagenet; use memory or auto"
+        needed = "data.name: folder, tiny_imagenet, carvana or nyu_v2; use memory or auto"
         if source.root is not None:
             needed = "data.image_size, the size at which files are decoded (data.crop is of that); give one"
         raise InputError(f"data.storage: stream needs {needed}")
@@ -167,7 +176,7 @@ def _survey(source: Source, same_size: bool) -> tuple[int, int, int]:
 def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[str, Any]:
     """Write every split and then data.json into `out`."""
     height, width, channels = layout.shape
-    card: dict[str, Any] = {"format": FORMAT, "name": options.name, "classes": list(source.classes)}
+    card: dict[str, Any] = {"format": FORMAT, "name": options.name, "task": source.task, "classes": list(source.classes)}
     stored = (channels, height, width)
     card |= {"shape": list(seen(stored, options.crop)), "stored": list(stored), "storage": layout.storage}
     card["crop"] = options.crop.model_dump() if options.crop else None
@@ -176,14 +185,18 @@ def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[st
     digest = hashlib.sha256()
     tally = np.zeros((channels, 256), np.int64)
     for name, split in source.splits.items():
-        with (out / f"{name}_labels.npy").open("wb") as file:
-            np.save(file, split.labels)
-        digest.update(split.labels.astype("<i8").tobytes())
+        if source.task == "classify":
+            with (out / f"{name}_labels.npy").open("wb") as file:
+                np.save(file, split.labels)
+            digest.update(split.labels.astype("<i8").tobytes())
+        else:
+            targets.write(source, layout.size, (height, width), name, out, digest)
         (_write_images if layout.storage == "memory" else _write_files)(source, layout, name, out, digest, tally)
         if name == "train":
             card |= _statistics(tally, options)
     known = ("name", "classes", "shape", "storage", "counts", "mean", "std")
     known += ("stored", "crop") if options.crop else ()  # without a crop `shape` says it all
+    known += ("task",) if source.task != "classify" else ()  # folders of before there were tasks keep their fingerprint
     digest.update(json.dumps([card[key] for key in known]).encode())
     card |= {"fingerprint": digest.hexdigest(), "licence": source.licence, "notes": source.notes}
     card["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Data
-from pipeline.data import tiny_imagenet
+from pipeline.data import carvana, nyu_v2, scenes, tiny_imagenet
 from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
@@ -186,4 +186,8 @@ SOURCES: dict[str, Callable[[Data], Source]] = {
     "cifar100": _cifar100,
     "tiny_imagenet": tiny_imagenet.load,
     "folder": _folder,
+    "scenes_segment": scenes.load_masks,
+    "scenes_depth": scenes.load_depths,
+    "carvana": carvana.load,
+    "nyu_v2": nyu_v2.load,
 }

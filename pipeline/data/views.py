@@ -111,3 +111,42 @@ def resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     wide = torch.bmm(planes, columns.mT).unflatten(1, (channels, height))  # (B, C, H, w)
     # columns first: their result, the smaller one where images grow, is the one that has to be turned
     return torch.bmm(rows, wide.permute(0, 2, 3, 1).flatten(2))
+
+
+def nearest(targets: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, H, W), by the weights (B, h, H) and (B, w, W) of an image, to (B, h, w): each output pixel is the input pixel that counts
+    most in it, 0 where none does."""
+    down, across = rows.argmax(2), columns.argmax(2)
+    picked = targets.gather(1, down[:, :, None].expand(-1, -1, targets.shape[2]))
+    picked = picked.gather(2, across[:, None].expand(-1, down.shape[1], -1))
+    return picked * (rows.amax(2) > 0)[:, :, None] * (columns.amax(2) > 0)[:, None]
+
+
+def cut(pixels: Tensor, picks: Tensor, corners: Tensor, flips: Tensor | None, size: Size) -> Tensor:
+    """Of `pixels` (N, H, W, C) windows of `size` (h, w) of the images `picks` (B,), from `corners` (2, B) on, turned left-right
+    where `flips` (B,): (B, h, w * C)."""
+    (height, width), channels = size, pixels.shape[3]
+    rows = pixels.flatten(2)  # (N, H, W * C)
+    # (N, H - h + 1, W - w + 1, h, w * C): a view, no copy
+    windows = rows.unfold(1, height, 1).unfold(2, width * channels, channels)
+    images = windows[picks, corners[0], corners[1]]  # (B, h, w * C)
+    if flips is None:
+        return images
+    mirrored = images.unflatten(2, (width, channels)).flip(2).flatten(2)
+    return torch.where(flips[:, None, None], mirrored, images)
+
+
+def pad(pixels: Tensor, augment: Augment | None) -> Tensor:
+    """(N, H, W, C) -> (N, H + 2p, W + 2p, C): zeros (black) or mirror images without the edge pixel repeated."""
+    if augment is None or augment.pad == 0:
+        return pixels
+    pad, (images, height, width, channels) = augment.pad, pixels.shape
+    padded = pixels.new_zeros(images, height + 2 * pad, width + 2 * pad, channels)
+    padded[:, pad : pad + height, pad : pad + width] = pixels
+    if augment.pad_mode == "reflect":
+        for side, size in ((1, height), (2, width)):  # rows, then whole columns, corners included
+            first, last = pad, pad + size - 1
+            for step in range(1, pad + 1):
+                padded.select(side, first - step).copy_(padded.select(side, first + step))
+                padded.select(side, last + step).copy_(padded.select(side, last - step))
+    return padded

@@ -29,7 +29,8 @@ def as_csv(report: Report) -> str:
     spreads = [f"{key}_std" for key in keys] if report.means else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["variant", "revive", "compress", "seed", "n", "control", *keys, *spreads])
+    titles = map(report.names.rename, [*keys, *spreads])
+    writer.writerow(["variant", "revive", "compress", "seed", "n", "control", *titles])
     for row in [*report.rows, *report.means]:
         head = [row.name, row.revive, row.compress, "" if row.seed is None else row.seed, row.count, int(row.control)]
         figures = [row.values.get(key, "") for key in keys] + [row.spread.get(key, "") for key in keys if spreads]
@@ -40,7 +41,8 @@ def as_csv(report: Report) -> str:
 def flat_metrics(report: Report) -> dict[str, dict[str, float]]:
     """Figures by variant for `dvc metrics show`: what a decision needs, what was not measured left out."""
     latencies = [f"{kind}_{setting}{end}" for setting in report.settings for kind, end in (("latency", "_p50_ms"), ("speedup", ""))]
-    keys = {ACCURACY: "accuracy"} | {key: key for key in ("parameters", "macs", "size_mb", *latencies)}
+    names = report.names
+    keys = {ACCURACY: names.headline} | {key: key for key in (*names.beside, "parameters", "macs", "size_mb", *latencies)}
     return {row.name: {new: row.values[key] for key, new in keys.items() if key in row.values} for row in report.compared}
 
 

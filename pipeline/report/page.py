@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.lineage import Chain, flat_parameters
 from pipeline.report import chart, section
 from pipeline.report.rows import ACCURACY, Report, Row, pareto, picks
-from pipeline.report.table import EXPLANATION, MISSING, Column, cell, columns, describe_setting, missing_notes
+from pipeline.report.table import MISSING, Column, cell, columns, describe_setting, explanation, missing_notes
 
 LOAD = """\
 import json
@@ -25,9 +25,21 @@ facts = session.get_modelmeta().custom_metadata_map
 mean, std = (np.float32(json.loads(facts[name])).reshape(-1, 1, 1) for name in ("mean", "std"))
 images = (pixels.astype(np.float32) / 255 - mean) / std  # pixels: uint8 (N, C, H, W), C, H, W as facts["shape"] says
 # where facts["crop"] is not null, pixels are the middle of an image whose shorter side was resized to facts["crop"]["resize"]
+"""
+ANSWERS = {
+    "classify": """\
 (logits,) = session.run(["logits"], {"images": images})  # (N, classes)
 answers = [json.loads(facts["classes"])[index] for index in logits.argmax(1)]
-"""
+""",
+    "segment": """\
+(logits,) = session.run(["logits"], {"images": images})  # (N, 1, H, W)
+answers = logits[:, 0] > 0  # masks (N, H, W)
+""",
+    "depth": """\
+(depth,) = session.run(["depth"], {"images": images})  # (N, 1, H, W)
+answers = depth[:, 0]  # metres (N, H, W)
+""",
+}
 
 
 def render(report: Report) -> str:
@@ -40,11 +52,12 @@ def render(report: Report) -> str:
         charts=_charts(report),
         legend=_legend(report),
         table=_tables(report),
-        explanation=escape(EXPLANATION.replace("marked *,", "")),
+        explanation=escape(explanation(report).replace("marked *,", "")),
         missing=section.bullets(missing_notes(report), "missing"),
         variants="\n".join(_variant(report, row, chain) for row, chain in zip(report.rows, report.chains, strict=True)),
         conditions=_conditions(report),
-        load=escape(LOAD),
+        score=escape(_capital(report.names.title)),
+        load=escape(LOAD + ANSWERS[report.names.task]),
     )
 
 
@@ -67,17 +80,22 @@ def _summary(report: Report) -> str:
     if control is not None and chosen:
         titles.setdefault(control.name, []).append("control")
         chosen["control"] = control
-    rows = {row.name: row for row in chosen.values()}
+    rows, best = {row.name: row for row in chosen.values()}, f"highest {report.names.title}"
     cards = []
     for name, told in titles.items():
         row = rows[name]
+        told = [best if word == "most accurate" and report.names.task != "classify" else word for word in told]
         title = " and ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
         compared = "the same training without a method" if row.control else _against_control(row)
         cards.append(
-            f"<li><h3>{escape(title.capitalize())}</h3><p class=who><a href='#{_anchor(report, row)}'>{escape(name)}</a></p>"
+            f"<li><h3>{escape(_capital(title))}</h3><p class=who><a href='#{_anchor(report, row)}'>{escape(name)}</a></p>"
             f"<p class=big>{escape(_brief(report, row))}</p><p>{escape(compared)}</p></li>"
         )
     return f"<ul class=cards>{''.join(cards)}</ul>" if cards else "<p>No variant has an exported model yet.</p>"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:] if text[0].isascii() else text  # δ1 keeps its sign
 
 
 def _brief(report: Report, row: Row) -> str:
@@ -108,16 +126,20 @@ def _certainty(report: Report) -> str:
     known = [row.values[ACCURACY] for row in report.compared if ACCURACY in row.values]
     if not images or not known:
         return ""
+    seeds = len({row.seed for row in report.rows})
+    means = f" Figures are means ± sample standard deviations over {seeds} seeds." if report.means else " Only one seed was run."
+    if report.names.task != "classify":
+        return (
+            f"{images:,.0f} test images, whose pixels are not independent: how far their {report.names.title} is certain, only"
+            f" several seeds can tell.{means}"
+        )
     best = max(known)
     half = 1.96 * math.sqrt(max(best * (1 - best), 0.25 / images) / images)
     text = (
         f"{images:,.0f} test images tell an accuracy of {100 * best:.1f} % to about ± {100 * half:.1f} points (95 %): "
         "smaller differences may be chance."
     )
-    seeds = len({row.seed for row in report.rows})
-    return text + (
-        f" Figures are means ± sample standard deviations over {seeds} seeds." if report.means else " Only one seed was run."
-    )
+    return text + means
 
 
 def _charts(report: Report) -> str:
@@ -129,10 +151,10 @@ def _charts(report: Report) -> str:
         unit, factor = {"macs": ("millions", 1e6), "size_mb": ("MB", 1.0)}.get(cost, ("ms", 1.0))
         inputs.append(f'<input type=radio name=cost id="cost{index}"{checked}>')
         labels.append(f'<label for="cost{index}">{escape(column.title)}</label>')
-        drawn = chart.scatter(_points(report, cost), f"{column.title}, {unit}", "test accuracy, %", factor)
+        drawn = chart.scatter(_points(report, cost), f"{column.title}, {unit}", f"test {report.names.title}, %", factor)
         panels.append(f"<figure>{drawn}</figure>")
     if not panels:
-        return "<p>Nothing to draw: no accuracy or no cost was measured.</p>"
+        return f"<p>Nothing to draw: no {escape(report.names.title)} or no cost was measured.</p>"
     return f"<div class=tabs>{''.join(inputs)}<div class=labels>{''.join(labels)}</div>{''.join(panels)}</div>"
 
 
@@ -193,7 +215,9 @@ def _cell(report: Report, row: Row, column: Column) -> str:
 
 def _variant(report: Report, row: Row, chain: Chain) -> str:
     head = f"<b>{escape(row.name)}</b> <span>{escape(_brief(report, row) or MISSING)}</span>"
-    inside = section.render(chain)
+    control = next((r.name for r in report.rows if r.control and r.seed == row.seed), None)
+    beside = next((other for other in report.chains if other.name == control), None)
+    inside = section.render(chain, beside)
     return f'<details class=variant id="{_anchor(report, row)}"><summary>{head}</summary>{inside}</details>'
 
 

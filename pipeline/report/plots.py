@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import files
 from pipeline.lineage import TRAINING, Chain
-from pipeline.report import strength
+from pipeline.report import sensitive, strength, widths
 from pipeline.report.chart import MOST_LINES
 from pipeline.report.rows import ACCURACY, Report, Row, pareto
 from pipeline.report.story import SILENT, strengths, trainings
@@ -29,7 +29,8 @@ SETTINGS: Any = {
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write tradeoff-COST, and for each seed curves-SEED, filters-SEED and channels-SEED, as .svg and .png into `folder`."""
+    """Write tradeoff-COST, and for each seed curves-SEED, filters-SEED, channels-SEED, widths-SEED and sensitivity-SEED, where the
+    records hold what they show, as .svg and .png into `folder`."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):
@@ -38,8 +39,9 @@ def write(report: Report, folder: Path) -> None:
         for seed in dict.fromkeys(chain.seed for chain in report.chains):
             of_seed = [chain for chain in report.chains if chain.seed == seed]
             _save(curves(of_seed), folder / f"curves-{seed}")
-            if drawn := filters(of_seed):
-                _save(drawn, folder / f"filters-{seed}")
+            for name, draw in (("filters", filters), ("widths", narrowed), ("sensitivity", sensitivity)):
+                if drawn := draw(of_seed):
+                    _save(drawn, folder / f"{name}-{seed}")
             _save(channels(of_seed), folder / f"channels-{seed}")
 
 
@@ -57,7 +59,7 @@ def tradeoff(report: Report, cost: str) -> "Figure":
         _point(axes, row, cost, scale, color, MARKERS[revive.index(row.revive) % len(MARKERS)], on_front)
     unit = {"macs": "millions", "size_mb": "MB"}.get(cost, "ms")
     title = next(column.title for column in columns(report) if column.key == cost)
-    axes.set(xlabel=f"{title}, {unit}", ylabel="test accuracy, %")
+    axes.set(xlabel=f"{title}, {unit}", ylabel=f"test {report.names.title}, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="best", framealpha=0.8)
     return figure
@@ -72,16 +74,17 @@ def _point(axes: "Axes", row: Row, cost: str, scale: float, color: str, marker: 
 
 
 def curves(chains: list[Chain]) -> "Figure":
-    """A panel a variant: validation accuracy and training loss by epoch through its trainings; events as dotted lines."""
+    """A panel a variant: validation accuracy (or what the task has in its place) and training loss by epoch through its trainings;
+    events as dotted lines."""
     figure, panels = _grid(chains)
     for chain, axes in zip(chains, panels, strict=True):
         losses = axes.twinx()
         for index, (start, stage, record) in enumerate(trainings(chain)):
-            _curve(axes, "validation_accuracy", 100, record, start, label=stage, color=COLORS[index])
+            _curve(axes, chain.names.rename("validation_accuracy"), 100, record, start, label=stage, color=COLORS[index])
             _curve(losses, "train_loss", 1, record, start, color=COLORS[index], linestyle=":")
         _events(axes, chain)
         losses.spines["right"].set_visible(True)
-        axes.set(title=_plain(chain.name), xlabel="epoch", ylabel="validation accuracy, %")
+        axes.set(title=_plain(chain.name), xlabel="epoch", ylabel=f"validation {chain.names.title}, %")
         losses.set_ylabel("training loss (dotted)")
         if trainings(chain):
             axes.legend(fontsize=7, loc="center right")
@@ -160,6 +163,30 @@ def channels(chains: list[Chain]) -> "Figure":
         axes.set_yticks(places, [_plain(row["name"]) for row in layers])
         axes.invert_yaxis()
         axes.set(title=_plain(chain.name), xlabel="output channels")
+    return figure
+
+
+def narrowed(chains: list[Chain]) -> "Figure | None":
+    """A panel for each variant that became narrower: its widths before and after; None where none did."""
+    chains = [chain for chain in chains if widths.layers(chain)]
+    if not chains:
+        return None
+    figure, panels = _grid(chains)
+    for chain, axes in zip(chains, panels, strict=True):
+        widths.draw(axes, chain, COLORS[0])
+        axes.set_title(_plain(chain.name))
+    return figure
+
+
+def sensitivity(chains: list[Chain]) -> "Figure | None":
+    """A panel for each variant whose last such events say what removals cost; None where none does."""
+    known = [(chain, record) for chain in chains if (record := sensitive.last(chain))]
+    if not known:
+        return None
+    figure, panels = _grid([chain for chain, _ in known])
+    for (chain, record), axes in zip(known, panels, strict=True):
+        sensitive.draw(axes, record, COLORS[0])
+        axes.set_title(f"{_plain(chain.name)}, {record['stage']}")
     return figure
 
 

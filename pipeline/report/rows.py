@@ -2,6 +2,7 @@
 
 A figure that was not measured is missing in a row's `values`, never zero; `Report.why_missing` says why. Ratios are
 control / variant, so that larger is better, as a speed-up is; the change of accuracy is variant - control, as a fraction.
+"Accuracy" here is the headline score of the data's task; what is written calls it by its own name (`Report.names`).
 Over several seeds a row a variant holds the mean and the sample standard deviation (n - 1), n being `count`.
 """
 
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.lineage import Chain, chains
+from pipeline.scores import NAMES, Names
 
 ACCURACY = "accuracy_onnx"
 COSTS = ("macs", "size_mb")  # and every latency_..._p50_ms
 TIE = 0.02  # share by which costs may differ and count as equal: the text in an ONNX file alone makes sizes differ
 RATIOS = {"parameters_ratio": "parameters", "macs_ratio": "macs", "size_ratio": "size_mb"}
-SOURCES = {  # column: the stages that may hold it and its name there, the first found counts
+SOURCES = {  # column: the stages that may hold it and its name there (for classes), the first found counts
     "accuracy_train": [("train", "test_accuracy")],
     "accuracy_revive": [("revive", "test_accuracy")],
     "accuracy_compress": [("compress", "test_accuracy")],
@@ -57,6 +59,11 @@ class Report:
     means: list[Row]  # over the seeds; empty where there is one seed
     settings: list[str]  # what was timed, as "cpu_b1"
     absent: dict[str, str]  # a provider that was asked for: why it was not measured
+
+    @property
+    def names(self) -> Names:
+        """What the scores of the data's task are called."""
+        return self.chains[0].names if self.chains else NAMES["classify"]
 
     @property
     def compared(self) -> list[Row]:
@@ -135,9 +142,10 @@ def picks(report: Report) -> dict[str, Row]:
 
 
 def _values(chain: Chain) -> dict[str, float]:
-    found = {}
-    for key, places in SOURCES.items():
-        known = [value for stage, name in places if (value := chain.metric(stage, name)) is not None]
+    found, names = {}, chain.names
+    beside = {name: [("export", f"test_{name}")] for name in names.beside}
+    for key, places in (SOURCES | beside).items():
+        known = [value for stage, name in places if (value := chain.metric(stage, names.rename(name))) is not None]
         if known:
             found[key] = known[0]
     profile = chain.records.get("profile", {})

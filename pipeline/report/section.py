@@ -5,7 +5,7 @@ from html import escape
 from urllib.parse import quote
 
 from pipeline.lineage import Chain, flat_parameters
-from pipeline.report import edits, heat, story, strength
+from pipeline.report import edits, heat, predictions, sensitive, story, strength, widths
 from pipeline.report.edits import Treated
 from pipeline.report.strength import Stretch
 from pipeline.report.table import write_figure
@@ -25,15 +25,16 @@ MOVE = (
 )
 
 
-def render(chain: Chain) -> str:
-    """The section below a variant's name, as HTML."""
+def render(chain: Chain, control: Chain | None = None) -> str:
+    """The section below a variant's name, as HTML; `control` is the chain beside whose pictures this one's stand."""
     parts = [_stages(chain)]
     for stage, record in chain.records.items():
         told = "".join(f"<li>{_foldable(line, lines)}</li>" for line, lines in story.happenings(record))
         parts.append(f"<h4>{escape(stage)}</h4><ul class=told>{told}</ul>" if told else "")
-    parts += [_curves(chain), _filters(chain)]
+    parts += [predictions.render(chain, control), _curves(chain), _filters(chain)]
     parts += [_layers(found, chain) for record in chain.records.values() for found in edits.treated(record)]
-    layers = story.channels(chain)
+    parts += [*map(sensitive.section, chain.records.values()), narrowed := widths.section(chain)]
+    layers = None if narrowed else story.channels(chain)
     parts.append(f"<h4>channels, kept of full</h4><figure class=bars>{layers}</figure>" if layers else "")
     flat = "\n".join(f"{key}: {value}" for key, value in flat_parameters(chain.records).items())
     parts.append(f"<details><summary>parameters</summary><pre>{escape(flat)}</pre></details>")
@@ -129,17 +130,21 @@ def _numbers(found: Treated, heads: tuple[str, str], groups: list[tuple[str, str
 
 
 def _stages(chain: Chain) -> str:
-    lines = []
+    lines, names = [], chain.names
     for stage, record in chain.records.items():
         metrics, kept = record["metrics"], story.total_channels(record)
         proof = ""
         if "max_abs_difference" in metrics:
-            agree = _figure(metrics, "top1_agreement", "percent")
-            proof = f"largest difference {metrics['max_abs_difference']:.1e}, same class {agree}"
-        cells = [story.method(record), _figure(metrics, "test_accuracy", "percent"), _figure(metrics, "parameters", "count")]
+            agree = _figure(metrics, names.agreement, "percent")
+            proof = f"largest difference {metrics['max_abs_difference']:.1e}, {names.agree} {agree}"
+        cells = [
+            story.method(record),
+            _figure(metrics, f"test_{names.headline}", "percent"),
+            _figure(metrics, "parameters", "count"),
+        ]
         cells += [f"{kept[0]} of {kept[1]}" if kept else "", proof, f"{record['seconds']:.1f} s"]
         lines.append(f"<tr><th scope=row>{escape(stage)}</th>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>")
-    return _table(("stage", "method", "test accuracy", "parameters", "channels", "certificate", "time"), lines, "stages")
+    return _table(("stage", "method", f"test {names.title}", "parameters", "channels", "certificate", "time"), lines, "stages")
 
 
 def _table(titles: Iterable[str], lines: Iterable[str], kind: str = "numbers") -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 from pipeline.lineage import TRAINING, Chain
 from pipeline.report import chart, edits, strength
+from pipeline.scores import is_share
 
 MOST_LINES = 6  # events of one kind in a row that are told one by one
 MOST_NAMED = 8  # entries of a list that are named one by one
-SILENT = ("counts", "latency", "absent")  # events that the table or a note already tells
+SILENT = ("counts", "latency", "absent", "predictions", "sensitivity")  # events that the table, a note or a picture already tells
 
 
 def total_channels(record: dict[str, Any]) -> tuple[int, int] | None:
@@ -53,20 +54,21 @@ def trainings(chain: Chain) -> list[tuple[int, str, dict[str, Any]]]:
 
 
 def curves(chain: Chain, quantity: str) -> str | None:
-    """Training and validation curves ("loss" or "accuracy") through all trainings of a chain as SVG; None where nothing trained.
+    """Training and validation curves through all trainings of a chain as SVG, of the "loss" or the "accuracy" (or what the task has
+    in its place); None where nothing trained.
 
     Epochs are counted on from stage to stage; the marks say where a method changed the model.
     """
-    series = []
+    series, called = [], chain.names.title if quantity == "accuracy" else quantity
     for index, (start, stage, record) in enumerate(trainings(chain)):
         history = record["history"]
         epochs = [start + row["epoch"] for row in history]
         for part, dashed in (("train", True), ("validation", False)):
-            key = f"{part}_{quantity}"
+            key = f"{part}_{chain.names.rename(quantity)}"
             if all(key in row for row in history):
-                series.append(chart.Series(f"{stage}: {part} {quantity}", epochs, [row[key] for row in history], index, dashed))
+                series.append(chart.Series(f"{stage}: {part} {called}", epochs, [row[key] for row in history], index, dashed))
     percent = quantity == "accuracy"
-    title = f"{quantity}, %" if percent else quantity
+    title = f"{called}, %" if percent else called
     return chart.curves(series, _spans(chain), _marks(chain), title, percent) if series else None
 
 
@@ -113,7 +115,7 @@ def _marks(chain: Chain) -> list[tuple[float, str]]:
         (start + event["epoch"], f"{stage}, {describe(event)}")
         for start, stage, record in trainings(chain)
         for event in record["events"]
-        if "epoch" in event
+        if "epoch" in event and event["kind"] not in SILENT
     ]
 
 
@@ -139,7 +141,7 @@ def _in_layers(events: Sequence[dict[str, Any]]) -> list[str]:
 
 def _value(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{100 * value:.2f} %" if "accurac" in key else f"{value:.4g}"
+        return f"{100 * value:.2f} %" if is_share(key) else f"{value:.4g}"
     if isinstance(value, dict):
         if len(value) > MOST_NAMED and all(isinstance(item, int) for item in value.values()):
             return f"{sum(value.values()):,} in {sum(map(bool, value.values()))} of {len(value)}"

@@ -8,7 +8,7 @@ from pipeline.report.rows import ACCURACY, Report, Row
 MISSING = "–"
 STAGE_COLUMNS = ("accuracy_train", "accuracy_revive", "accuracy_compress", "accuracy_collapse")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
-UNITS = {"percent": " %", "points": " pt", "count": "", "millions": " M", "mb": " MB", "ms": " ms", "times": "×"}
+UNITS = {"percent": " %", "points": " pt", "count": "", "millions": " M", "mb": " MB", "ms": " ms", "times": "×", "metres": " m"}
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Column:
 
 def columns(report: Report, *, stages: bool = False) -> list[Column]:
     """The columns worth showing: what was measured for any row. `stages` adds the accuracy along the chain."""
+    names = report.names
     along = [Column(key, f"after {key.removeprefix('accuracy_')}", "percent") for key in STAGE_COLUMNS if stages]
     fixed = [
         *along,
-        Column(ACCURACY, "accuracy", "percent"),
+        Column(ACCURACY, names.title, "percent"),
         Column("accuracy_change", "change", "points"),
+        *(Column(key, title, form) for key, (title, form) in names.beside.items()),
         Column("parameters", "parameters", "count"),
         Column("macs", "MACs", "millions"),
         Column("size_mb", "size", "mb"),
@@ -56,6 +58,7 @@ def write_figure(value: float, form: str, *, unit: bool = True) -> str:
         "mb": lambda: _digits(value),
         "ms": lambda: _digits(value),
         "times": lambda: f"{value:.2f}",
+        "metres": lambda: f"{value:.3f}",
     }[form]()
     return number + UNITS[form] if unit else number
 
@@ -113,7 +116,7 @@ def missing_notes(report: Report) -> list[str]:
 def markdown(report: Report) -> str:
     """table.md: the means (with several seeds), every variant, and what was not measured."""
     shown = columns(report, stages=True)
-    parts = [_markdown_table(report.rows, shown), EXPLANATION]
+    parts = [_markdown_table(report.rows, shown), explanation(report)]
     if report.means:
         head = "Mean ± sample standard deviation over n seeds:"
         parts = [head, _markdown_table(report.means, shown), "Every variant:", *parts]
@@ -121,8 +124,13 @@ def markdown(report: Report) -> str:
     return "\n\n".join([*parts, notes] if notes else parts) + "\n"
 
 
+def explanation(report: Report) -> str:
+    """What the columns are."""
+    return f"{report.names.meaning}, of the ONNX file unless it says after which stage. {EXPLANATION}"
+
+
 EXPLANATION = (
-    "Accuracy on the test split, of the ONNX file unless it says after which stage. MAC: one multiply-add counts one; for one "
+    "MAC: one multiply-add counts one; for one "
     "image. Size: of the ONNX file, 10^6 bytes. Latency: median of one call, [95 % interval]. Speed-up: median of the paired "
     "ratios to the control, marked *, measured call by call beside it; ~ before a time or "
     "a speed-up: still noisy after all attempts. Change: against the control of the same seed, in points."

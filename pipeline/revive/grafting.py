@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -167,7 +166,7 @@ class Grafting(hooks.Hook):
         return rules
 
     def penalty(self, run: hooks.Run, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor | None:
-        """The cross-entropies of the other networks, whose parameters are none of the run's network's."""
+        """The losses of the other networks, whose parameters are none of the run's network's."""
         together = self._together(run)
         if not together.training:
             return None
@@ -177,7 +176,7 @@ class Grafting(hooks.Hook):
         for network, (seen, classes) in zip(together.others, batches, strict=True):
             with autocast(run.device, run.fit.precision):
                 other = network(seen)
-            losses.append(F.cross_entropy(other.float(), classes, label_smoothing=run.fit.label_smoothing))
+            losses.append(run.task.loss(other.float(), classes, run.fit.label_smoothing))
         return torch.stack(losses).sum()
 
     def after_epoch(self, run: hooks.Run) -> bool:

@@ -13,7 +13,7 @@ until the loss stalls, reset, and so on until the same filters would be reset ag
 trained yet, `patience: 5, stop_on_repeat: true`; the patience is ours, the paper gives none).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
 
 import torch
@@ -69,12 +69,14 @@ def taylor_scores(
     *,
     criterion: str,
     dropout: bool = False,
+    loss: Callable[..., Tensor] = F.cross_entropy,
 ) -> dict[str, Tensor]:
     """Theta of every filter, in fp32, normalised within each layer.
 
     `watched` names for each convolution the module whose output is its feature map; `batches` gives images (B, C, H, W) and
-    labels (B,). `per_example` takes |mean over pixels| of each image (the paper's formula), `batch_signed` sums signed values
-    over the whole pass and takes the absolute value at the end (what the authors ran), `elementwise` takes it of each element.
+    labels (B,), whose `loss` is added up. `per_example` takes |mean over pixels| of each image (the paper's formula),
+    `batch_signed` sums signed values over the whole pass and takes the absolute value at the end (what the authors ran),
+    `elementwise` takes it of each element.
     """
     allow("criterion", criterion, CRITERIA)
     totals: dict[str, Tensor] = {}
@@ -102,7 +104,7 @@ def taylor_scores(
     try:
         for images, labels in batches:
             # The images carry the graph, so that no gradient of a weight is computed.
-            F.cross_entropy(model(images.requires_grad_()), labels, reduction="sum").backward()
+            loss(model(images.requires_grad_()), labels, reduction="sum").backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -272,11 +274,12 @@ class Restart(hooks.Hook):
         self.useless, self.baseline = state["useless"], state["baseline"]
 
     def _reason_to_stop(self, run: hooks.Run) -> str:
-        accuracy = run.history[-1]["validation_accuracy"]
+        names = run.task.names
+        accuracy = run.history[-1][f"validation_{names.headline}"]
         if accuracy <= self.baseline - self.options.max_drop:
-            return f"validation accuracy {accuracy:.2%} is more than {self.options.max_drop:.2%} below {self.baseline:.2%}"
+            return f"validation {names.title} {accuracy:.2%} is more than {self.options.max_drop:.2%} below {self.baseline:.2%}"
         reached = self.options.target is not None and accuracy >= self.options.target
-        return f"validation accuracy {accuracy:.2%} reaches the target" if reached else ""
+        return f"validation {names.title} {accuracy:.2%} reaches the target" if reached else ""
 
     def _rank(self, run: hooks.Run) -> dict[str, list[int]]:
         if self.options.criterion == "random":
@@ -287,9 +290,8 @@ class Restart(hooks.Hook):
         if self.options.ranking_batches is not None:
             batches = (batch for batch, _ in zip(batches, range(self.options.ranking_batches), strict=False))
         torch.manual_seed(hooks.stable_seed(run.seed, run.stage, "ranking", run.round))
-        scores = taylor_scores(
-            run.model, self.watched, batches, criterion=self.options.criterion, dropout=self.options.ranking_dropout
-        )
+        how: dict[str, Any] = {"criterion": self.options.criterion, "dropout": self.options.ranking_dropout}
+        scores = taylor_scores(run.model, self.watched, batches, **how, loss=run.task.loss)
         return least_useful(scores, self.options.divisor)
 
 
