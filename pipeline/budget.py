@@ -6,10 +6,12 @@ by what a family has lost when they go, weakest first.
 
 Widths are rounded to the nearest number that a family may have. The threshold is the lowest at which the rounded network is not
 above the target; what it is below is filled up by the rounding steps with the most score for their size, and where the network
-is still more than 2 % below the target, by exchanging a step of one family for one of another, or by leaving the family whose step
-led too far as it was. The result is never above the target.
+is still more than 2 % below the target, by exchanging a step of one family for one of another, by leaving the family whose step led
+too far as it was, and, where there are few enough, by looking at all widths. The result is never above the target.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +27,7 @@ FamilyCosts = Mapping[str, Sequence[Mapping[str, float]]]  # by a family's first
 Scope = Literal["global", "layer"]
 TOLERANCE = 0.02  # how far below the target a network may be, as a share of the target
 EXCHANGES = 100  # at most
+ENUMERATED = 100_000  # networks to choose from, at most, when every one is looked at
 LAST = 1e100  # the key of what goes after all others
 
 
@@ -72,7 +75,9 @@ class Budget:
             )
         self.rank = np.argsort(self.flat, kind="stable")
         self.most = families.sizes
-        self.least = np.where(self.treated, [family.allowed[0] for family in families.all], self.most)
+        pairs = zip(families.all, self.treated, strict=True)
+        self.choices = [family.allowed if treated else family.allowed[-1:] for family, treated in pairs]
+        self.least = np.array([choices[0] for choices in self.choices])
 
     def share(self, share: float) -> Choice:
         """Remove a share of all units by their rank. As published: among all, those not above the one at int(n * share) in
@@ -122,7 +127,19 @@ class Budget:
             if self._amount(kind, best) >= (1 - TOLERANCE) * wanted or (before == kept).all():
                 break
             held = np.where(before != kept, before, held)
-        return best
+        near = self._amount(kind, best) >= (1 - TOLERANCE) * wanted
+        return best if near or math.prod(map(len, self.choices)) > ENUMERATED else self._best_of_all(kind, wanted)
+
+    def _best_of_all(self, kind: Counted, wanted: float) -> np.ndarray:
+        """Of all networks near enough to the target the one with the most score, or else the nearest below."""
+        every = np.array(list(itertools.product(*self.choices)), dtype=np.int64)
+        amounts = self.families.amounts(kind, every)
+        near = every[(amounts <= wanted) & (amounts >= (1 - TOLERANCE) * wanted)]
+        if not len(near):
+            return every[np.where(amounts <= wanted, amounts, -1).argmax()]
+        left = [np.append(0.0, keys[::-1].cumsum()) for keys in self.keys]  # the score of as many units as the index says
+        totals = sum(scores[counts] for scores, counts in zip(left, near.T, strict=True) if len(scores) > 1)
+        return near[np.argmax(totals)]
 
     def _after(self, count: int, held: np.ndarray) -> np.ndarray:
         """What stays of each family when the lowest `count` units go and widths are rounded; -1 in `held`: it is not held."""
@@ -131,11 +148,8 @@ class Budget:
 
     def _rounded(self, kept: np.ndarray) -> np.ndarray:
         """The nearest numbers allowed, of two the larger."""
-        found = []
-        for family, treated, count in zip(self.families.all, self.treated, kept.tolist(), strict=True):
-            choices = family.allowed if treated else family.allowed[-1:]
-            found.append(min(choices, key=lambda n: (abs(n - count), -n)))
-        return np.array(found, dtype=np.int64)
+        nearest = lambda choices, count: min(choices, key=lambda n: (abs(n - count), -n))  # noqa: E731
+        return np.array([nearest(choices, count) for choices, count in zip(self.choices, kept.tolist(), strict=True)])
 
     def _amount(self, kind: Counted, kept: np.ndarray) -> float:
         return float(self.families.amounts(kind, kept))
@@ -177,10 +191,10 @@ class Budget:
     def _steps(self, kept: np.ndarray, *, up: bool) -> "list[_Step]":
         """For every family the next number allowed above or below, and the score of the units between."""
         found = []
-        for index, (family, count) in enumerate(zip(self.families.all, kept.tolist(), strict=True)):
-            position = family.allowed.index(count) + (1 if up else -1) if self.treated[index] else -1
-            if 0 <= position < len(family.allowed):
-                new, size = family.allowed[position], len(family.units)
+        for index, (choices, count) in enumerate(zip(self.choices, kept.tolist(), strict=True)):
+            position = choices.index(count) + (1 if up else -1)
+            if 0 <= position < len(choices):
+                new, size = choices[position], choices[-1]
                 between = self.keys[index][size - max(new, count) : size - min(new, count)]
                 found.append(_Step(index, new, float(between.sum())))
         return found

@@ -12,13 +12,11 @@ from torch import nn
 from pipeline import checkpoint, methods
 from pipeline.config import Augment, Fit, Runtime, lookup, parse
 from pipeline.data.batches import Batches, Prepared, SplitName, load
-from pipeline.distillation import Distillation
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, pick_device
 from pipeline.hooks import Hook, Run
 from pipeline.records import Record
 from pipeline.resume import Resume, fingerprint
-from pipeline.sensitivity import around
 from pipeline.training import train
 
 EVALUATION_BATCH = 256  # images; results do not depend on it but for rounding
@@ -80,13 +78,6 @@ def train_stage(
     trained = train(run, [*expansion_hooks(card), *hooks], resume)
     finish(where, record, run, trained, card, out)
     resume.clear()
-
-
-def compress_hooks(options: Any) -> list[Hook]:
-    """The hooks of a compress block: its teacher, which is taken before the method makes the network smaller, the method, and
-    around it what tells how sensitive the layers are."""
-    teacher: list[Hook] = [Distillation(options.distill)] if options.distill else []
-    return around([*teacher, methods.load("compress", options.method).create(options)], options.sensitivity)
 
 
 def expansion_hooks(card: dict[str, Any]) -> list[Hook]:

@@ -182,7 +182,8 @@ class _Follower:
         if layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels:
             self.channels.channelwise[name] = ids
             return ids
-        self.note_source(node, name)
+        if norm := ops.rectified_norm(node, self.modules):
+            self.channels.relu_source[name] = norm
         self.channels.inputs[name] = ids
         self.channels.outputs[name] = made = self.channels.fresh(layer.out_channels)
         if layer.groups > 1:
@@ -290,20 +291,3 @@ class _Follower:
             self.channels.pin(ids, why)
         self.channels.untreated.append(why)
         return made
-
-    def note_source(self, node: fx.Node, name: str) -> None:
-        """Remember the batch norm when the layer reads its ReLU, directly or averaged over pixels."""
-        rectified = False
-        (source,) = node.all_input_nodes
-        while source.op == "call_module" and len(source.all_input_nodes) == 1:
-            module = self.modules[str(source.target)]
-            if isinstance(module, nn.BatchNorm2d):
-                if rectified and module.affine:
-                    self.channels.relu_source[name] = str(source.target)
-                return
-            averages = isinstance(module, nn.AvgPool2d) and not module.padding
-            if isinstance(module, nn.ReLU) and not rectified:
-                rectified = True
-            elif not (averages or isinstance(module, nn.Dropout | nn.Identity)):
-                return
-            (source,) = source.all_input_nodes

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline import chain, checkpoint, methods, weights
 from pipeline.averaging import Averaging
+from pipeline.compression import compress_hooks
 from pipeline.config import Train, lookup, parse
 from pipeline.errors import InputError
 from pipeline.expansion import collapse
@@ -53,7 +54,7 @@ def first_training(params: dict[str, Any], seed: int, *, prepared: Path, resume:
     hooks: list[Hook] = [BiasRate(options.bias_lr)] if options.bias_lr != 1 else []
     hooks += [Averaging(options.ema)] if options.ema else []
     hooks.append(methods.load("revive", revive.method).create(revive))
-    hooks += chain.compress_hooks(compress)
+    hooks += compress_hooks(compress)
     files = [file for path in starts for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     fresh = None if networks else lambda number: drawn(number)[0]
     run = {"fit": options.fit, "hooks": hooks, "inputs": files, "fresh": fresh, "blank": lambda: blank(card, expansion)}

@@ -1,6 +1,7 @@
 """Operators of a traced network, by what they do to channels."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -84,6 +85,23 @@ def turns(node: fx.Node) -> Literal["away", "back"] | None:
     axes: Any = node.kwargs.get("dims") or node.args[1:]
     axes = tuple(axes[0]) if len(axes) == 1 else tuple(axes)
     return {(0, 2, 3, 1): "away", (0, 3, 1, 2): "back"}.get(axes)  # type: ignore[return-value]
+
+
+def rectified_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """The batch norm whose ReLU the node reads, directly or averaged over pixels."""
+    rectified = False
+    (source,) = node.all_input_nodes
+    while source.op == "call_module" and len(source.all_input_nodes) == 1:
+        module = modules[str(source.target)]
+        if isinstance(module, nn.BatchNorm2d):
+            return str(source.target) if rectified and module.affine else None
+        averages = isinstance(module, nn.AvgPool2d) and not module.padding
+        if isinstance(module, nn.ReLU) and not rectified:
+            rectified = True
+        elif not (averages or isinstance(module, nn.Dropout | nn.Identity)):
+            return None
+        (source,) = source.all_input_nodes
+    return None
 
 
 def _slices_space(node: fx.Node) -> bool:

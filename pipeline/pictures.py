@@ -114,7 +114,7 @@ def _png(image: Image.Image, side: int) -> str:
     """The picture in base64, its longer side at most `side` pixels; colours from a palette are not mixed."""
     longer = max(image.size)
     if longer > side:
-        smaller = tuple(max(1, round(part * side / longer)) for part in image.size)
+        smaller = [max(1, round(part * side / longer)) for part in image.size]
         image = image.resize(smaller, Image.Resampling.NEAREST if image.mode == "P" else Image.Resampling.BILINEAR)
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)

@@ -94,7 +94,13 @@ class Distribute(nn.Module):
         slots = self.redirected()
         if not len(slots):
             return x
-        return x.index_copy(1, slots, shifted(x.index_select(1, self.pointer[slots]), self.shift[slots]))
+        # Indexing does not keep a memory order of channels last, but for the axis that is last in memory.
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        x, axis = (x.permute(0, 2, 3, 1), 3) if last else (x, 1)
+        read = x.index_select(axis, self.pointer[slots])
+        new = shifted(read.permute(0, 3, 1, 2) if last else read, self.shift[slots])
+        x = x.index_copy(axis, slots, new.permute(0, 2, 3, 1) if last else new)
+        return x.permute(0, 3, 1, 2) if last else x
 
     def deployed(self) -> tuple[Tensor, "Redirect"]:
         """The order of the slots, (C,), in which a `Redirect` has those that are not moved first; and that `Redirect`."""

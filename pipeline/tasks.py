@@ -158,8 +158,8 @@ class Depth(Task):
 
 
 def _within(first: Tensor, second: Tensor, factor: float) -> Tensor:
-    """Where two positive numbers are less than `factor` apart; a number that is not positive is near none."""
-    return (first > 0) & (first < factor * second) & (second < factor * first)
+    """Where two positive numbers are less than `factor` apart; of numbers that are not positive, nowhere."""
+    return (first < factor * second) & (second < factor * first)
 
 
 TASKS: dict[str, Task] = {"classify": Classify(), "segment": Segment(), "depth": Depth()}

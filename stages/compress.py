@@ -1,6 +1,7 @@
 """outputs/revive/REVIVE-SEED -> outputs/compress/REVIVE-COMPRESS-SEED: a smaller network, or the control at full width."""
 
 from pipeline import chain, checkpoint, methods
+from pipeline.compression import compress_hooks
 from pipeline.config import lookup, read_params
 from pipeline.records import Record
 from stages import PREPARED, RESUME, folder, run
@@ -17,7 +18,7 @@ def main(revive: str, compress: str, seed: str) -> None:
     variant, parameters = f"{revive}-{compress}-{seed}", {"compress": options.model_dump(), **used}
     record = Record("compress", variant, parameters, revive=revive, compress=compress, seed=int(seed))
     out = folder("compress", revive, compress, seed)
-    hooks, inputs = chain.compress_hooks(options), sorted(parent.iterdir())
+    hooks, inputs = compress_hooks(options), sorted(parent.iterdir())
     chain.train_stage(where, record, model, card, fit=options.fit, hooks=hooks, inputs=inputs, out=out)
 
 

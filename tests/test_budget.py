@@ -160,8 +160,9 @@ def chain(*widths: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4)).eval()
 
 
-def test_where_multiples_are_too_coarse_no_other_widths_are_nearer_below() -> None:
-    model, shape = chain(16, 24, 16), (3, 8, 8)
+@pytest.mark.parametrize("widths", [(16, 24, 16), (32, 40, 16), (32, 16, 32, 16), (24, 16, 40, 16, 32)])
+def test_where_multiples_are_too_coarse_no_other_widths_are_nearer_below(widths: tuple[int, ...]) -> None:
+    model, shape = chain(*widths), (3, 8, 8)
     families = Families(model, follow(model, shape))
     every = np.array(list(itertools.product(*(family.allowed for family in families.all))))
     for kind, fraction in itertools.product(KINDS, (0.95, 0.8, 0.65, 0.5, 0.4)):

@@ -2,6 +2,7 @@
 expanded network is the edit of the merged one, merging changes no output, and every result loads back from disk."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,26 @@ REVIVE: dict[str, dict[str, Any]] = {
         "ship": "own",
     },
 }  # fmt: skip
+REMOVE: dict[str, Any] = {"share": 0.4, "target": None, "multiple": 1, "scope": "global", "protect": []}
 COMPRESS: dict[str, dict[str, Any]] = {
     "finetune": {},
     "diet": {
-        "groups": 2,
-        "target": None,
-        "multiple": 8,
-        "concat": "aware",
-        "weights": "inherited",
-        "score": "sum",
-        "select": "max",
+        "groups": 2, "target": None, "multiple": 8, "score": "sum", "select": "max", "concat": "aware", "weights": "inherited",
         "protect": [],
     },
-    "selective": {"gamma": 0.5, "multiple": 1, "until": 1.0, "mean_batches": 2},
-}
+    "selective": {
+        "gamma": 0.5, "target": None, "multiple": 1, "until": 1.0, "mean_batches": 2, "realloc": {}, "max_pointers": None,
+        "reset_momentum": False, "compensate": True,
+    },
+    "l1": REMOVE | {"residual": "tied"},
+    "random": REMOVE,
+    "slimming": REMOVE | {"sparsity": 1e-4, "cut_after": 0.5},
+    "torch_pruning": REMOVE | {"importance": "l2", "search": "budget", "steps": 1, "batches": 1},
+    "lgc": {"groups": 2, "until": 1.0, "lasso": 0.0, "linear": 1.0},
+}  # fmt: skip
+# What a method says it cannot treat: learned groups want plain 1x1 convolutions, slimming batch norms, and Torch-Pruning, where it is
+# installed, does not follow zero-padded shortcuts and more.
+REFUSED = re.compile("^(lgc|slimming|torch_pruning)(:| |$)")
 every_network = pytest.mark.parametrize("network", ZOO)
 Pictures = Callable[[tuple[int, int, int]], Prepared]
 
@@ -141,7 +148,11 @@ def store_and_load(folder: Path, model: nn.Module, network: str, data: Prepared)
 def test_compressing_and_collapsing_commute_and_load_back(network: str, method: str, pictures: Pictures, tmp_path: Path) -> None:
     shape, model = shape_of(network), build(network)
     data = pictures(shape)
-    one, other = compressed(model, method, data), compressed(plain(model), method, data)
+    try:
+        one, other = compressed(model, method, data), compressed(plain(model), method, data)
+    except InputError as error:
+        assert REFUSED.match(str(error)), error
+        pytest.skip(str(error))
     assert facts(one) == facts(other)
     assert is_expanded(one.model) and not is_expanded(other.model)
     kept, whole = structure(one.model)["filtering"], structure(model)["filtering"]

@@ -22,7 +22,8 @@ PARAMETERS: list[tuple[str, Any, str]] = [
     (
         "data.name",
         "imagenet",
-        "data.name = 'imagenet': must be 'digits', 'fashion_mnist', 'cifar10', 'cifar100', 'tiny_imagenet' or 'folder'",
+        "data.name = 'imagenet': must be 'digits', 'fashion_mnist', 'cifar10', 'cifar100', 'tiny_imagenet', 'folder', "
+        "'scenes_segment', 'carvana', 'scenes_depth' or 'nyu_v2'",
     ),
     ("data.download", "yes", "data.download = 'yes': must be a valid boolean"),
     ("data.image_size", 0, "data.image_size = 0: must be greater than or equal to 1"),

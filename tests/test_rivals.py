@@ -1,7 +1,6 @@
 """Rival methods against loops written from the papers and the authors' code, and each of them in a training."""
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.last(self.inner(self.first(x)).relu())
+        return self.head(self.norm(self.depthwise(x)).relu().mean((2, 3)))
+
+
+class TwoNorms(Block):
+    """Batch norms before and behind the depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.second(x + self.last(self.inner(self.first(x)).relu()))
         return self.head(self.norm(self.depthwise(x)).relu().mean((2, 3)))
 
 
@@ -140,23 +152,14 @@ def test_slimming_cuts_a_chain_as_the_authors_do(percent: float) -> None:
 
 
 def test_slimming_ranks_tied_channels_by_the_mean_of_their_scales_and_leaves_those_without() -> None:
-    model = block()
-    model.second = nn.BatchNorm2d(6)
-    randomise(model)
-    model.forward = lambda x: _two_norms(model, x)
+    model: Any = randomise(TwoNorms()).eval()
     found = slimming.scores(model, follow(model, SHAPE))
     wanted = (model.norm.weight.abs() + model.second.weight.abs()) / 2
     assert by_layer(model, found, "stem") == pytest.approx(wanted.tolist())
     assert by_layer(model, found, "first") == pytest.approx(model.inner.weight.abs().tolist())
-    plain = build("vgg16", expand=False)
+    plain = build("lenet5", expand=False)
     with pytest.raises(InputError, match="ranks channels by their batch norms, and the network has none"):
-        slimming.create(options(slimming, sparsity=0.0, cut_after=0.0)).coverage(plain, shape_of("vgg16"))
-
-
-def _two_norms(model: Any, x: Tensor) -> Tensor:
-    x = model.stem(x)
-    x = model.second(x + model.last(model.inner(model.first(x)).relu()))
-    return model.head(model.norm(model.depthwise(x)).relu().mean((2, 3)))
+        slimming.create(options(slimming, sparsity=0.0, cut_after=0.0)).coverage(plain, shape_of("lenet5"))
 
 
 def options(module: Any, epochs: int = 4, **changes: Any) -> Any:
@@ -187,43 +190,35 @@ def test_the_penalty_of_slimming_has_the_gradient_that_the_authors_add(make_run:
 
 @pytest.mark.parametrize("expanded", [False, True], ids=["plain", "kflo"])
 def test_slimming_trains_sparsely_cuts_and_trains_on_and_resumes_bit_for_bit(make_run: Any, tmp_path: Path, expanded: bool) -> None:
-    settings = {"sparsity": 0.05, "cut_after": 0.5, "share": 0.4}
-
     class Killed(Exception):
         pass
 
-    def training(kill_after: int | None) -> tuple[Run, nn.Module]:
-        run, method = make_run(network(expanded), epochs=3, lr=0.02), slimming.create(options(slimming, 3, **settings))
-        resume = Resume(tmp_path, f"kept{kill_after is None}", "0" * 16)
-        if kill_after:
-            resume = Resume(tmp_path, "killed", "0" * 16)
-            saved, count = resume.save, iter(range(1, 99))
+    def training(name: str, epochs: int) -> tuple[Run, nn.Module]:
+        """Goes on with what is kept under the name, and is killed after so many epochs of its own."""
+        block = options(slimming, 3, sparsity=0.05, cut_after=0.5, share=0.4)
+        run, resume = make_run(network(expanded), epochs=3, lr=0.02), Resume(tmp_path, name, "0" * 16)
+        saved, count = resume.save, iter(range(1, 9))
 
-            def save(*arguments: Any) -> None:
-                saved(*arguments)
-                if next(count) == kill_after:
-                    raise Killed
+        def save(*arguments: Any) -> None:
+            saved(*arguments)
+            if next(count) == epochs:
+                raise Killed
 
-            resume.save = save  # type: ignore[method-assign]
-        return run, train(run, [method], resume)
+        resume.save = save  # type: ignore[method-assign]
+        return run, train(run, [slimming.create(block)], resume)
 
-    run, trained = training(None)
-    assert [row["round"] for row in run.history] == [1, 1, 2] and [e["kind"] for e in run.events] == ["slimming", "batchnorm"]
-    assert [(event["round"], event["epoch"]) for event in run.events] == [(2, 2), (2, 2)]
-    scales = sum(event for event in run.events[0]["removed"].values())
-    assert scales >= int(0.4 * 128) and sum(len(m.weight) for m in trained.modules() if isinstance(m, nn.BatchNorm2d)) < 128
-    for kills in ((2,), (1,)):
-        for kill in kills:
-            with pytest.raises(Killed):
-                training(kill)
-        # A second kill after the cut: the first resumed epoch is of the cut network where the first kill came at epoch 2.
+    run, trained = training("undisturbed", 9)
+    assert [row["round"] for row in run.history] == [1, 1, 2]
+    assert [(event["kind"], event["round"], event["epoch"]) for event in run.events] == [("slimming", 2, 2), ("batchnorm", 2, 2)]
+    assert sum(run.events[0]["removed"].values()) == 32 + 32 + 64 - sum(
+        len(module.weight) for module in trained.modules() if isinstance(module, nn.BatchNorm2d)
+    )
+    for epochs in (2, 1):  # killed before the cut, and again when the smaller network has trained
         with pytest.raises(Killed):
-            training(1)
-        run, again = make_run(network(expanded), epochs=3, lr=0.02), None
-        again = train(run, [slimming.create(options(slimming, 3, **settings))], Resume(tmp_path, "killed", "0" * 16))
-        assert structure(again) == structure(trained)
-        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in trained.state_dict().items())
-        Resume(tmp_path, "killed", "0" * 16).clear()
+            training("killed", epochs)
+    again = training("killed", 9)[1]
+    assert structure(again) == structure(trained)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in trained.state_dict().items())
 
 
 def test_slimming_cuts_before_after_or_never(make_run: Any) -> None:
@@ -284,7 +279,8 @@ def test_in_training_a_rival_cuts_an_expanded_network_as_the_merged_one(make_run
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-4, atol=1e-5)
     cut, norms = run.events
-    assert cut["kind"] == rival and 0.48 <= cut["macs"] <= 0.5 and norms["kind"] == "batchnorm"
+    assert cut["kind"] == rival and 0.45 <= cut["macs"] <= 0.5 and norms["kind"] == "batchnorm"
+    assert ("note" in cut) is (cut["macs"] < 0.49)
     assert all(len(layer.weight) % 8 == 0 for name, layer in filtering_layers(other) if name != "fc2")
     assert norms["validation_accuracy_after"] == evaluate(one, run.validation).accuracy
     whole = "fc1, fc2" if rival == "slimming" else "fc2"
@@ -303,86 +299,3 @@ def test_what_cannot_be_is_refused_before_training() -> None:
         l1.create(tight).coverage(network(), (1, 16, 16))
     with pytest.raises(InputError, match="protect = 'conv9' matches no layer"):
         l1.create(options(l1, residual="tied", protect=["conv9"])).coverage(network(), (1, 16, 16))
-
-
-class TestTorchPruning:
-    """The optional rival."""
-
-    @pytest.fixture(autouse=True)
-    def rival(self) -> Any:
-        pytest.importorskip("torch_pruning", reason="the optional package torch-pruning is not installed")
-        from pipeline.compress import torch_pruning
-
-        return torch_pruning
-
-    def test_its_importances_are_those_of_the_whole_groups(self, rival: Any) -> None:
-        model = chain()
-        conv, norm, after = model[0], model[1], model[3]  # type: ignore[index]
-        found = rival.scores(model, SHAPE, follow(model, SHAPE), "l2")
-        sums = [
-            (
-                sum(conv.weight[c].square().flatten().tolist())
-                + norm.weight[c].item() ** 2
-                + float(after.weight[:, c].square().sum())
-            )
-            / 3
-            for c in range(12)
-        ]
-        assert by_layer(model, found, "0") == pytest.approx([value / (sum(sums) / 12) for value in sums], rel=1e-4)
-        scales = rival.scores(model, SHAPE, follow(model, SHAPE), "bn_scale")
-        assert by_layer(model, scales, "0") == pytest.approx((norm.weight.abs() / norm.weight.abs().mean()).tolist())
-
-    @pytest.mark.parametrize("importance", ["l1", "l2", "fpgm", "lamp", "bn_scale", "taylor"])
-    def test_every_importance_reaches_a_budget_on_an_expanded_network(self, rival: Any, importance: str) -> None:
-        model, shape = build("resnet18"), shape_of("resnet18")
-        batches = [(torch.randn(4, *shape), torch.arange(4))]
-        smaller, facts = rival.prune(model, shape, importance=importance, batches=batches, **HALF)
-        assert 0.49 <= facts["macs"] <= 0.5 and smaller(batches[0][0]).shape == (4, 10)
-        assert structure(collapse(smaller))["filtering"] != structure(model)["filtering"]
-
-    @pytest.mark.parametrize("network", ["resnet18", "vgg16_bn", "densenet-bc"])
-    def test_its_own_pruner_and_our_cut_leave_the_same_network(self, rival: Any, network: str) -> None:
-        import torch_pruning as theirs
-
-        model, shape = build(network, expand=False), shape_of(network)
-        how = {"share": None, "target": Target(of="macs", fraction=0.6), "multiple": 1, "scope": "global"}
-        smaller, facts = rival.prune(model, shape, importance="l2", search="progressive", steps=20, **how)
-        assert facts["macs"] <= 0.6 and facts["note"] if "note" in facts else True
-        own, last = copy.deepcopy(model), [name for name, _ in filtering_layers(model)][-1]
-        pruner = theirs.pruner.BasePruner(
-            own,
-            torch.zeros(1, *shape),
-            importance=theirs.importance.MagnitudeImportance(p=2),
-            global_pruning=True,
-            pruning_ratio=1.0,
-            iterative_steps=20,
-            ignored_layers=[own.get_submodule(last)],
-        )
-        for _ in range(facts["steps"]):
-            pruner.step()
-        x = torch.randn(3, *shape)
-        torch.testing.assert_close(smaller(x), own(x), rtol=1e-4, atol=1e-4)
-
-    def test_what_it_cannot_follow_is_refused_before_training(self, rival: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        hook = rival.create(options(rival, importance="l1", search="budget", steps=10, batches=1))
-        with torch.device("meta"):
-            padded = models.build("resnet", input_shape=(3, 32, 32), classes=10, depth=20)
-            followed = network(expanded=True)
-        with pytest.raises(InputError, match="Torch-Pruning cannot follow this network .IndexError"):
-            hook.coverage(padded, (3, 32, 32))
-        assert "leaves fc2 at full width" in hook.coverage(followed, (1, 16, 16))[0]
-        monkeypatch.setitem(sys.modules, "torch_pruning", None)
-        with pytest.raises(
-            InputError, match="needs the package torch-pruning, which is not installed: `pip install torch-pruning`"
-        ):
-            hook.coverage(followed, (1, 16, 16))
-
-    @pytest.mark.parametrize("search", ["budget", "progressive"])
-    def test_in_training(self, rival: Any, make_run: Any, search: str) -> None:
-        block = options(rival, 0, importance="taylor", search=search, steps=10, batches=1)
-        run = make_run(network(expanded=True), epochs=0)
-        trained = train(run, [rival.create(block)])
-        assert [event["kind"] for event in run.events] == ["torch_pruning", "batchnorm"] and run.events[0]["macs"] < 0.7
-        assert structure(trained) != structure(network(expanded=True))
-        with pytest.raises(ValueError, match="scope must be global or layer"):
-            options(rival, importance="l1", search="progressive", steps=10, batches=1, scope="sensitivity", sensitivity="ecdm")

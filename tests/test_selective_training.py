@@ -194,6 +194,10 @@ def test_the_deployed_network_is_the_trained_one(name: str, expand: bool, tiny: 
     checkpoint.save(tmp_path / "model", merged, card)
     loaded, _ = checkpoint.load(tmp_path / "model")
     assert difference(merged, loaded, SHAPE) < 1e-6  # but for the memory order of kernels
+    if expand:
+        card["expansion"] = {"method": "kflo", "arguments": {"depth": 2, "width": 1.5, "l2_factor": 1.0, "mixer_decay": 1e-9}}
+        checkpoint.save(tmp_path / "expanded", result, card)
+        assert difference(result, checkpoint.load(tmp_path / "expanded")[0], SHAPE) < 1e-6
     assert sum(isinstance(module, Redirect) for module in loaded.modules()) == len(redirected)
     if name == "densenet":
         export(loaded, {**card, "channels": None}, path := tmp_path / "model.onnx", 20)

@@ -28,7 +28,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from pipeline import hooks
-from pipeline.allocation import allocate, measuring, smallest, unit_of
+from pipeline.allocation import CLOSE, allocate, measuring, smallest, unit_of
 from pipeline.channels import follow
 from pipeline.config import CompressBlock, Target
 from pipeline.ecdm import deallocate, rank, reallocate
@@ -46,7 +46,7 @@ class Options(CompressBlock):
     method: Literal["selective"]
     gamma: float | None = Field(gt=0, lt=1)  # share of any output's activity that one deallocation may close; 0.001 as published
     target: Target | None  # how small the network becomes; either this or gamma, the other null
-    multiple: int = Field(ge=1)  # close only so many channels that those left are a multiple; 1 as published
+    multiple: int = Field(ge=1)  # those left are a multiple, in narrow layers of a half or quarter of it; 1 as published
     until: float = Field(gt=0, le=1)  # deallocate after each epoch of this first share of the training; 0.5 as published
     mean_batches: int = Field(ge=1)  # training batches behind a measured mean
     realloc: dict[str, Annotated[int, Field(ge=0)]]  # K by kernel size: {1x1: 3} as published for accuracy; {}: only close
@@ -214,6 +214,9 @@ class Selective(hooks.Hook):
         plain = bare(copy.deepcopy(model)) if kind == "latency" else model
         with measuring(goal, plain, self.channels, run.input_shape) as share:
             reads, gamma, left = allocate(rankings, share, goal.fraction, options.multiple)
+        if progress == 1 and not goal.fraction * (1 - CLOSE) <= left <= goal.fraction:
+            told = f"{kind} comes to {left:.4f} of the whole instead of {goal.fraction:g}: no widths allowed are nearer"
+            run.notes.append(f"selective: {told}")
         facts = {"gamma": gamma, "wanted": goal.fraction, "share": left}
         return {name: ~mask.to(shut[name].device) | shut[name] for name, mask in reads.items()}, facts
 

@@ -98,20 +98,11 @@ def _its_errors() -> Iterator[None]:
         raise InputError(f"torch_pruning: Torch-Pruning cannot follow this network ({told}); choose another method") from error
 
 
-def _merged(model: nn.Module, batches: Iterable[Batch], loss: Loss) -> nn.Module:
-    """A merged copy on the CPU, in evaluation mode, with the gradients of the loss on `batches`."""
+def _merged(model: nn.Module, importance: str, batches: Iterable[Batch], loss: Loss) -> nn.Module:
+    """A merged copy on the CPU, in evaluation mode; for taylor with the gradients of the loss on `batches`."""
     merged = collapse(copy.deepcopy(model)).cpu().eval().requires_grad_(True)
-    for images, labels in batches:
+    for images, labels in batches if importance == "taylor" else ():
         loss(merged(images), labels).backward()
-    return merged
-
-
-def _filled(model: nn.Module) -> nn.Module:
-    """A merged copy of a network without numbers, of ones: indices are not checked on the meta device."""
-    merged = collapse(copy.deepcopy(model)).to_empty(device="cpu").eval().requires_grad_(True)
-    with torch.no_grad():
-        for parameter in merged.parameters():
-            parameter.fill_(1.0)
     return merged
 
 
@@ -131,7 +122,7 @@ def scores(
 ) -> Scores:
     """Its importance of each unit: the mean over the unit's channels in all groups that it finds."""
     found: dict[int, list[float]] = {}
-    label, merged = channels.units(), _merged(model, batches if importance == "taylor" else (), loss)
+    label, merged = channels.units(), _merged(model, importance, batches, loss)
     names = {module: name for name, module in merged.named_modules()}
     with _its_errors():
         measure = importance_of(importance)
@@ -161,7 +152,7 @@ def progressive(
     """What layers read after its own pruner has worked on a merged copy, and the facts. `InputError` where it fails on the
     network, never gets to the target, or makes another network of it than the same cut does here."""
     channels = follow(model, input_shape)
-    costs, merged = Costs(model, channels), _merged(model, batches if importance == "taylor" else (), loss)
+    costs, merged = Costs(model, channels), _merged(model, importance, batches, loss)
     kept = _Kept(merged, channels)
     with _its_errors():
         pruner = package().pruner.BasePruner(
@@ -261,9 +252,9 @@ class TorchPruning(removal.Removal):
     """Asks the package, and cuts the network before training."""
 
     def coverage(self, model: nn.Module, input_shape: Shape) -> list[str]:
-        merged = _merged(model, (), None) if next(model.parameters()).device.type != "meta" else _filled(model)
+        merged = collapse(copy.deepcopy(model)).to_empty(device="cpu").eval().requires_grad_(True)
         for parameter in merged.parameters():
-            parameter.grad = torch.ones_like(parameter)
+            parameter.grad, parameter.data = torch.ones_like(parameter), torch.ones_like(parameter)
         with _its_errors():
             measure = importance_of(self.options.importance)
             for group in _groups(merged, input_shape):
