@@ -6,9 +6,9 @@
 MODEL is the folder `model` of a training of the chain or of a recipe, DATA the folder of its prepared data. Each method is asked
 for a network with 1/ratio of the multiply-adds, once, without training:
 
+    takeover          channels closed for each reader, after the others took over what they can (ours); 4 training batches
     dealloc           selective convolution's expected channel damage, one threshold for all layers; means over 8 training batches
     dealloc raw       the same without its compensation
-    damage            channels ranked by the same damage, summed over all that read them, and removed for all of these at once
     diet              the contiguous window with the largest sum
     l1, bn_scale, random       filter norms, batch norms' scales (network slimming without its sparse training), drawn
     tp_*              Torch-Pruning's importances with our budget; tp_*_own: its own progressive pruner, which rounds as it does
@@ -35,6 +35,7 @@ from pipeline import checkpoint, latency
 from pipeline.channels import follow
 from pipeline.compress import diet, l1, random, slimming, torch_pruning
 from pipeline.compress.selective import dealloc, make_up
+from pipeline.compress.takeover import take_over
 from pipeline.config import Fit, Target
 from pipeline.data.batches import Batches, Prepared, load
 from pipeline.errors import InputError
@@ -48,7 +49,7 @@ from pipeline.surgery import shrink
 from pipeline.training import train
 
 TP = ("l1", "l2", "fpgm", "lamp", "bn_scale")
-METHODS = ("dealloc", "dealloc raw", "diet", "l1", "bn_scale", "random", *(f"tp_{name}" for name in TP), "tp_l2_own")
+METHODS = ("takeover", "dealloc", "dealloc raw", "diet", "l1", "bn_scale", "random", *(f"tp_{name}" for name in TP), "tp_l2_own")
 REESTIMATED = 30  # training batches
 FIT = {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "schedule": "cosine"}
 FIT |= {"label_smoothing": 0.0, "select": "last", "precision": "auto", "batch_size": 128}
@@ -79,6 +80,8 @@ class Bench:
             if method == "dealloc":
                 make_up(model, self.shape, reads, means)
             return shrink(model, self.shape, reads)
+        if method == "takeover":
+            return take_over(model, self.shape, self.training.epoch(0), limit=4, target=target, multiple=multiple)[0]
         if method == "diet":
             return diet.diet(model, self.shape, groups=None, target=target, multiple=multiple)[0]
         if method.startswith("tp_"):

@@ -36,6 +36,7 @@ class Channels:
     inputs: dict[str, Ids] = field(default_factory=dict)  # of filtering layers: what they read
     outputs: dict[str, Ids] = field(default_factory=dict)  # of filtering layers: what they make
     channelwise: dict[str, Ids] = field(default_factory=dict)  # of batch norms and depthwise convolutions
+    involved: dict[str, Ids] = field(default_factory=dict)  # of involutions, which have no tensors
     pads: dict[str, tuple[Ids, Ids]] = field(default_factory=dict)  # zero channels before and after
     selects: dict[str, tuple[Ids, Ids]] = field(default_factory=dict)  # of ChannelSelect: read, passed on
     redirects: dict[str, tuple[Ids, Ids, Ids]] = field(default_factory=dict)  # of Redirect: read, its slots, the source of each
@@ -73,10 +74,15 @@ class Channels:
         """Why a channel must stay, by the id that stands for it."""
         return {self.find(channel): why for channel, why in reversed(self.pinned.items())}
 
+    @property
+    def own(self) -> dict[str, Ids]:
+        """What layers treat channel by channel, those without tensors among them."""
+        return {**self.channelwise, **self.involved}
+
     def settle(self) -> None:
         """Write the id that stands for it in place of every id."""
         rooted: Callable[[Ids], Ids] = lambda ids: [self.find(channel) for channel in ids]  # noqa: E731
-        for lists in (self.inputs, self.outputs, self.channelwise):
+        for lists in (self.inputs, self.outputs, self.channelwise, self.involved):
             lists.update({name: rooted(ids) for name, ids in lists.items()})
         for pairs in (self.pads, self.selects):
             pairs.update({name: (rooted(first), rooted(second)) for name, (first, second) in pairs.items()})
@@ -168,7 +174,7 @@ class _Follower:
             nn.Flatten: lambda node, name, module, ids: self.flatten(node, ids) if module.start_dim == 1 else None,
         }
         if isinstance(module, Involve) and len(read) == 2:
-            return self.involve(module, *read)
+            return self.involve(node, name, module, *read)
         for kind, rule in rules.items():
             if isinstance(module, kind) and len(read) == 1:
                 ids = rule(node, name, module, read[0])
@@ -220,8 +226,9 @@ class _Follower:
         self.channels.redirects[name] = (ids, slots, [ids[i] for i in layer.index.tolist()])
         return slots
 
-    def involve(self, layer: Involve, ids: Ids, kernels: Ids) -> Ids:
+    def involve(self, node: fx.Node, name: str, layer: Involve, ids: Ids, kernels: Ids) -> Ids:
         """The channels of a group and all taps of the kernel that is made for them are one."""
+        self.channels.involved[name], self.channels.pixels[name] = ids, prod((ops.shape(node) or ())[2:])
         taps = len(kernels) * layer.group_channels // len(ids)
         for group in range(len(kernels) // taps):
             first, *others = ids[group * layer.group_channels : (group + 1) * layer.group_channels]

@@ -18,7 +18,7 @@ class Costs:
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         self.channels = channels
         modules: dict[str, Any] = dict(model.named_modules())
-        self.taps, self.biases, self.vectors = {}, {}, {}
+        self.taps, self.biases, self.numbers = {}, {}, {}  # numbers: trained ones of a channel, of what treats each alone
         for name in (*channels.inputs, *channels.channelwise):
             layer = modules[name]
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
@@ -27,8 +27,10 @@ class Costs:
                 self.taps[name] = 1
             if name in self.taps:
                 self.biases[name] = layer.bias is not None
-            else:
-                self.vectors[name] = 2 if layer.affine else 0
+            if name in channels.channelwise:
+                self.numbers[name] = self.taps[name] + self.biases[name] if name in self.taps else 2 * bool(layer.affine)
+        for name in channels.involved:  # kernels that are made elsewhere
+            self.taps[name], self.numbers[name] = modules[name].kernel_size ** 2, 0
         known = {*channels.inputs, *channels.channelwise}
         others = [module for name, module in modules.items() if name not in known and not _inside(name, known)]
         self.constant = sum(parameter.numel() for module in others for parameter in module.parameters(recurse=False))
@@ -60,11 +62,8 @@ class Costs:
             weights = inputs * outputs // groups * self.taps[name]
             total += weights * self.channels.pixels[name] if kind == "macs" else weights + self.biases[name] * outputs
         for name, count in found.channelwise.items():
-            if name in self.taps:
-                weights = count * self.taps[name]
-                total += weights * self.channels.pixels[name] if kind == "macs" else weights + self.biases[name] * count
-            elif kind == "params":
-                total += self.vectors[name] * count
+            taps = self.taps.get(name, 0)  # batch norms have none
+            total += count * taps * self.channels.pixels.get(name, 0) if kind == "macs" else count * self.numbers[name]
         return total
 
 

@@ -83,7 +83,7 @@ class Families:
 
     def _count(self, costs: Costs, whole: Cut, found: Mapping[int, Signature], signatures: Sequence[Signature]) -> None:
         """Widths as a fixed part and a part for each unit of each family, and what a channel of each layer costs."""
-        channels, names, own = self.channels, list(whole.columns), list(self.channels.channelwise)
+        channels, names, own = self.channels, list(whole.columns), list(self.channels.own)
         free = {unit for family in self.all for unit in family.units}
         index = {"read": _numbered(names), "made": _numbered(names), "own": _numbered(own)}
         table = {side: (np.zeros(len(at)), np.zeros((len(signatures), len(at)))) for side, at in index.items()}
@@ -101,8 +101,7 @@ class Families:
         self._constant = costs.constant
         filters = [costs.taps.get(name, 0) for name in own]  # depthwise layers; batch norms have none
         self._own_macs = np.array([taps * channels.pixels.get(name, 0) for name, taps in zip(own, filters, strict=True)])
-        numbers = [taps + costs.biases[name] if taps else costs.vectors[name] for name, taps in zip(own, filters, strict=True)]
-        self._own_parameters = np.array(numbers)
+        self._own_parameters = np.array([costs.numbers[name] for name in own])
 
 
 def allowed(units: int, outputs: Iterable[int], multiple: int) -> tuple[int, ...]:
@@ -143,7 +142,7 @@ def _occurrences(channels: Channels, whole: Cut, label: Mapping[int, int]) -> di
     for name, parts in whole.columns.items():
         for position in (column for part in parts for column in part):
             counts[label[channels.inputs[name][position]]]["read", name] += 1
-    for name, ids in channels.channelwise.items():
+    for name, ids in channels.own.items():
         for channel in ids:
             if channel in whole.alive:
                 counts[label[channel]]["own", name] += 1

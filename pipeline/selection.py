@@ -182,10 +182,16 @@ def reopen(model: nn.Module, unit: Unit, refill: Refill, optimizer: torch.optim.
 
 @torch.no_grad()
 def compensate(model: nn.Module, unit: Unit, mean: Tensor, closed: Tensor) -> bool:
-    """Give the unit's outputs back what they lose on average when the channels `closed` (I,) close, of mean activity (I,): out of
-    the running mean of the batch norm behind it, or into its bias. False where there is neither."""
+    """Give the unit's outputs back what they lose on average when the channels `closed` (I,) close, of mean activity (I,): as
+    `give_back`."""
+    return give_back(model, unit, damage(model, unit.name, mean)[:, closed].sum(1))
+
+
+@torch.no_grad()
+def give_back(model: nn.Module, unit: Unit, lost: Tensor) -> bool:
+    """Add a constant (O,) to the unit's outputs: out of the running mean of the batch norm behind it, or into its bias. False where
+    there is neither."""
     layer: Any = model.get_submodule(unit.name)
-    lost = damage(model, unit.name, mean)[:, closed].sum(1)
     if unit.behind is not None:
         norm: Any = model.get_submodule(unit.behind)
         if norm.running_mean is not None:  # else the batch's own mean is taken off

@@ -84,7 +84,7 @@ def plan(channels: Channels, reads: Mapping[str, Tensor]) -> Cut:
 
 @dataclass
 class Widths:
-    """Of filtering layers inputs, outputs and groups; of batch norms and depthwise convolutions channels."""
+    """Of filtering layers inputs, outputs and groups; of batch norms, depthwise convolutions and involutions channels."""
 
     filtering: dict[str, tuple[int, int, int]]
     channelwise: dict[str, int]
@@ -94,7 +94,7 @@ def widths(channels: Channels, reads: Mapping[str, Tensor]) -> Widths:
     """The widths of the network that `shrink` would make."""
     found = plan(channels, reads)
     filtering = {name: (sum(map(len, parts)), len(found.outputs[name]), len(parts)) for name, parts in found.columns.items()}
-    own = {name: sum(channel in found.alive for channel in ids) for name, ids in channels.channelwise.items()}
+    own = {name: sum(channel in found.alive for channel in ids) for name, ids in channels.own.items()}
     return Widths(filtering, own)
 
 
@@ -113,11 +113,11 @@ def _read(channels: Channels, found: Cut, name: str, wanted: list[bool]) -> None
     count = max(1, *map(len, asked))
     found.columns[name], found.real[name] = [], []
     for group, chosen in zip(staying, asked, strict=True):
-        read = parts[group][0]
-        spare = sorted({*range(width)} - {*chosen}, key=lambda i, read=read: (read[i] not in alive, i))
+        read, picked = parts[group][0], {*chosen}
+        spare = sorted({*range(width)} - picked, key=lambda i, read=read: (read[i] not in alive, i)) if count > len(chosen) else []
         taken = sorted(chosen + spare[: count - len(chosen)])
         found.columns[name].append([group * width + i for i in taken])
-        found.real[name].append([i in {*chosen} for i in taken])
+        found.real[name].append([i in picked for i in taken])
         alive.update(read[i] for i in taken)
 
 

@@ -56,14 +56,15 @@ COMPRESS: dict[str, dict[str, Any]] = {
         "gamma": 0.5, "target": None, "multiple": 1, "until": 1.0, "mean_batches": 2, "realloc": {}, "max_pointers": None,
         "reset_momentum": False, "compensate": True,
     },
+    "takeover": {"gamma": 0.3, "target": None, "multiple": 1, "batches": 2},
     "l1": REMOVE | {"residual": "tied"},
     "random": REMOVE,
     "slimming": REMOVE | {"sparsity": 1e-4, "cut_after": 0.5},
     "torch_pruning": REMOVE | {"importance": "l2", "search": "budget", "steps": 1, "batches": 1},
     "lgc": {"groups": 2, "until": 1.0, "lasso": 0.0, "linear": 1.0},
 }  # fmt: skip
-# What a method says it cannot treat: learned groups want plain 1x1 convolutions, slimming batch norms, and Torch-Pruning, where it is
-# installed, does not follow zero-padded shortcuts and more.
+# What a method says it cannot treat: learned groups want plain 1x1 convolutions, slimming batch norms, and Torch-Pruning, where it
+# is installed, does not follow zero-padded shortcuts and more.
 REFUSED = re.compile("^(lgc|slimming|torch_pruning)(:| |$)")
 every_network = pytest.mark.parametrize("network", ZOO)
 Pictures = Callable[[tuple[int, int, int]], Prepared]

@@ -94,6 +94,17 @@ def test_gradients_are_those_of_torchs_sampler_and_reach_only_slots_in_use() -> 
     assert module.shift.requires_grad and not module(x.detach()).requires_grad
 
 
+def test_the_memory_order_of_the_images_is_kept() -> None:
+    module, x = distribute(6, 4, 1.5), torch.randn(3, 6, 5, 7, requires_grad=True)
+    results = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        found = module(x.contiguous(memory_format=order))
+        assert found.is_contiguous(memory_format=order)
+        results.append((found, *torch.autograd.grad(found.square().sum(), (x, module.shift))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_pointers_and_shifts_survive_in_the_state_dict() -> None:
     module, other, x = distribute(7, 1, 1.5), Distribute(7), torch.randn(2, 7, 5, 5)
     assert other(x) is x  # it has looked at its pointers

@@ -128,9 +128,9 @@ def test_l1_cuts_a_chain_as_the_authors_do(share: float) -> None:
 def test_only_first_convolutions_of_blocks_go_where_adds_are_left_alone() -> None:
     with torch.device("meta"):
         model = models.build("resnet", input_shape=(3, 32, 32), classes=10, depth=20)
+    model = randomise(model.to_empty(device="cpu"))
     with pytest.raises(InputError, match="cannot be reached"):
-        families = {"share": None, "target": Target(of="params", fraction=0.02), "multiple": 1, "scope": "layer"}
-        l1.prune(randomise(model.to_empty(device="cpu")), (3, 32, 32), residual="first_only", **families)
+        l1.prune(model, (3, 32, 32), residual="first_only", **{**HALF, "target": Target(of="params", fraction=0.02)})
     smaller, facts = l1.prune(model, (3, 32, 32), residual="first_only", **{**HALF, "scope": "layer"})
     assert {name.rpartition(".")[2] for name in facts["removed"]} == {"conv1"} and "conv1" not in facts["removed"]
     assert len(facts["removed"]) == 9 and 0.49 <= facts["macs"] <= 0.5
@@ -230,8 +230,7 @@ def test_slimming_cuts_before_after_or_never(make_run: Any) -> None:
         assert [event["epoch"] for event in run.events] == [0 if cut_after == 0 else 2] * kinds
         assert (structure(trained) == structure(network())) is (widths == "all")
     images = torch.zeros(1)
-    cut = slimming.create(options(slimming, sparsity=1e-4, cut_after=0.0))
-    run = make_run(network())
+    cut, run = slimming.create(options(slimming, sparsity=1e-4, cut_after=0.0)), make_run(network())
     cut.prepare(run)
     assert cut.penalty(run, images, images, images) is None  # fine-tuning has no penalty
 

@@ -27,6 +27,7 @@ from pipeline.layers import insert
 from pipeline.overparameterize import collapse, kflo, overparameterize
 from pipeline.redirect import Redirect
 from pipeline.resume import Resume
+from pipeline.selection import close
 from pipeline.training import train
 
 SHAPE = (1, 16, 16)
@@ -100,6 +101,19 @@ def _check_copies(before: tuple[Any, Any, Any], after: tuple[Any, Any, Any], fil
         assert fits, "copied from no open slot"
         assert after[2].shift[slot].abs().max() <= 1.5 and after[2].pointer[slot] >= 0
     assert torch.equal(reads[0][~filled], reads[1][~filled])
+
+
+def test_a_closed_slot_reads_no_other_channel_any_more(make_run: Any) -> None:
+    run = make_run(network())
+    hook = ready(run, realloc())
+    hook.rewire(run, 1.0)
+    name = next(iter(hook.sources))
+    layer, _, distribute = parts(hook, run.model, name)
+    closed = torch.zeros(layer.in_channels, dtype=torch.bool).index_fill(0, distribute.redirected()[:1], True)
+    before = distribute.pointer.clone()
+    close(run.model, hook.units[name], closed)
+    assert layer.gate.open.tolist() == (~closed).float().tolist()
+    assert torch.equal(distribute.pointer, before.masked_fill(closed, -1)) and not torch.equal(distribute.pointer, before)
 
 
 def test_gates_pointers_and_shifts_get_gradients_only_where_they_act(make_run: Any) -> None:

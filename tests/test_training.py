@@ -109,7 +109,8 @@ DIET: dict[str, Any] = {
     "select": "max",
     "protect": [],
 }
-SELECTIVE: dict[str, Any] = {"gamma": 0.4, "multiple": 1, "until": 0.8, "mean_batches": 2}
+SELECTIVE: dict[str, Any] = {"gamma": 0.4, "target": None, "multiple": 1, "until": 0.8, "mean_batches": 2, "realloc": {}}
+SELECTIVE |= {"max_pointers": None, "reset_momentum": False, "compensate": False}
 TEACHER = Distill(loss="kl", weight=2.0, temperature=3.0)
 # Hooks, changes of the fit, expanded or not.
 CASES: dict[str, tuple[Callable[[], list[Hook]], dict[str, Any], bool]] = {

@@ -34,9 +34,9 @@ class Options(removal.RemovalBlock):
 
 @torch.no_grad()
 def norms(layer: Any) -> Tensor:
-    """Sum of |w| of each filter, in fp64: (O,)."""
+    """Sum of |w| of each filter, added up in fp64: (O,)."""
     weight = turn(layer.weight, layer.groups) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
-    return weight.detach().double().abs().flatten(1).sum(1).cpu()
+    return weight.detach().abs().flatten(1).sum(1, dtype=torch.float64).cpu()
 
 
 def scores(model: nn.Module, channels: Channels) -> Scores:
