@@ -59,7 +59,7 @@ class Data(Section):
     """What `prepare` reads."""
 
     name: Literal[
-        "digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "folder",
+        "digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenette", "imagenet", "folder",
         "scenes_segment", "carvana",
         "scenes_depth", "nyu_v2",
     ]  # fmt: skip

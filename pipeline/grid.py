@@ -23,7 +23,7 @@ SECTIONS: dict[str, type[Section]] = {
     "profile": Profile,
     "tracking": Tracking,
 }
-FROM_FILES = ("folder", "tiny_imagenet", "carvana", "nyu_v2")  # data that nothing here downloads
+FROM_FILES = ("folder", "tiny_imagenet", "imagenette", "imagenet", "carvana", "nyu_v2")  # data that nothing here downloads
 OTHERS = ("seed", "model", "revive", "compress")
 BLOCK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a point would divide a key, here and in DVC
 

@@ -237,3 +237,16 @@ def test_auto_storage_streams_what_is_too_large_for_memory(tmp_path: Path, monke
         assert load(tmp_path / "out").storage == expected
     with pytest.raises(InputError, match="image_size"):
         prepare(options("folder", root), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "inside"), [("imagenette", "imagenette2-160"), ("imagenet", "")])
+def test_published_image_folders_give_their_validation_images_as_the_test(name: str, inside: str, tmp_path: Path) -> None:
+    root, ids = tmp_path / "raw", ("n01440764", "n03888257")
+    for split, count in (("train", 8), ("val", 3)):
+        image_folder(root / inside / split, count, ids)
+    card = prepare(options(name, root, image_size=8), tmp_path / "out")
+    assert card["classes"] == (["tench", "parachute"] if name == "imagenette" else list(ids))
+    assert card["counts"]["test"] == 6 and card["counts"]["train"] + card["counts"]["validation"] == 16
+    shutil.rmtree(root / inside / "val")
+    with pytest.raises(InputError, match=r"val does not exist: unpack .* holds train/ID/ and val/ID/"):
+        prepare(options(name, root), tmp_path / "out")

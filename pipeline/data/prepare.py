@@ -150,7 +150,7 @@ def _layout(source: Source, options: Data) -> _Layout:
         images = sum(len(split.labels) for split in source.splits.values())
         storage = "memory" if source.root is None or images * int(np.prod(shape)) <= LIMIT else "stream"
     if storage == "stream" and (source.root is None or size is None):
-        needed = "data.name: folder, tiny_imagenet, carvana or nyu_v2; use memory or auto"
+        needed = "data.name: folder, imagenet, imagenette, tiny_imagenet, carvana or nyu_v2; use memory or auto"
         if source.root is not None:
             needed = "data.image_size, the size at which files are decoded (data.crop is of that); give one"
         raise InputError(f"data.storage: stream needs {needed}")

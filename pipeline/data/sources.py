@@ -4,7 +4,6 @@ CIFAR's own files are Python pickles written by its authors; torchvision reads t
 Nothing else here unpickles anything.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Data
-from pipeline.data import carvana, nyu_v2, scenes, tiny_imagenet
+from pipeline.data import carvana, folders, nyu_v2, scenes, tiny_imagenet
 from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
-SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}  # folder -> split
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KRIZHEVSKY = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; no licence stated"
 
@@ -59,74 +56,6 @@ def _cifar100(options: Data) -> Source:
         return Source(classes, _npz(Path(options.root), (32, 32, 3), 100), f"CIFAR-100: {KRIZHEVSKY}")
     splits, classes = _torchvision("CIFAR100", options, (32, 32, 3))
     return Source(classes, splits, f"CIFAR-100: {KRIZHEVSKY}")
-
-
-def _folder(options: Data) -> Source:
-    """torchvision's ImageFolder layout: root/CLASS/**/x.png, or root/{train,val or validation,test}/CLASS/**/x.png."""
-    root = Path(options.root)
-    try:
-        if not root.is_dir():
-            raise InputError(f"data.root: {root} is not a folder: give one that holds train/CLASS/*.png or CLASS/*.png")
-        homes, notes = _homes(root), []
-        found = {split: _classes(home, notes) for split, home in homes.items()}
-    except OSError as error:
-        raise InputError(f"data.root: {error.filename} cannot be read: {error.strerror}") from None
-    classes = list(found["train"])
-    for split, files in found.items():
-        if list(files) != classes:
-            odd = ", ".join(sorted(set(files) ^ set(classes)))
-            raise InputError(f"{homes[split]} and {homes['train']} differ in the classes {odd}: make them the same")
-    splits = {split: _files(root, list(files.values())) for split, files in found.items()}
-    return Source(tuple(classes), splits, "the user's own images", root, notes)
-
-
-def _homes(root: Path) -> dict[str, Path]:
-    """The folder of each split; only `train`, the root itself, where images are not divided into splits."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    named = [path for path in folders if path.name in SPLITS and any(child.is_dir() for child in path.iterdir())]
-    if not named:
-        return {"train": root}
-    if strangers := [path.name for path in folders if path not in named]:
-        raise InputError(
-            f"{root} holds {', '.join(strangers)} beside {named[0].name}: move elsewhere what is not train, val, "
-            "validation or test with class folders in it"
-        )
-    homes = {SPLITS[path.name]: path for path in named}
-    if "train" not in homes:
-        raise InputError(f"{root} holds {named[0].name} but no train with class folders: add train/CLASS/*.png")
-    if len(homes) < len(named):
-        raise InputError(f"{root} holds both val and validation: keep one")
-    return homes
-
-
-def _classes(home: Path, notes: list[str]) -> dict[str, list[Path]]:
-    """The image files of each class folder, in ImageFolder's order; counts in `notes` what has no image's extension."""
-    folders = sorted(path for path in home.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(folders) < 2:
-        raise InputError(f"{home} has {len(folders)} class folders: at least 2 are needed, each with its own images")
-    found, other = {}, 0
-    for folder in folders:
-        files = [path for path in _walk(folder) if not path.name.startswith(".")]
-        found[folder.name] = [path for path in files if path.suffix.lower() in IMAGES]
-        other += len(files) - len(found[folder.name])
-        if not found[folder.name]:
-            raise InputError(f"{folder} has no images: add some ({', '.join(IMAGES)}) or remove the folder")
-    if other:
-        notes.append(f"{home.name}: {other} files passed over, not ending in {', '.join(IMAGES)}")
-    return found
-
-
-def _walk(folder: Path) -> list[Path]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    levels = sorted(os.walk(folder, onerror=stop, followlinks=True))
-    return [Path(level, name) for level, _, names in levels for name in sorted(names)]
-
-
-def _files(root: Path, classes: list[list[Path]]) -> Split:
-    paths = [path.relative_to(root).as_posix() for files in classes for path in files]
-    return Split(np.array(paths), np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in classes]))
 
 
 def _npz(path: Path, size: tuple[int, int, int], classes: int) -> dict[str, Split]:
@@ -185,7 +114,9 @@ SOURCES: dict[str, Callable[[Data], Source]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "tiny_imagenet": tiny_imagenet.load,
-    "folder": _folder,
+    "imagenette": folders.imagenette,
+    "imagenet": folders.imagenet,
+    "folder": folders.load,
     "scenes_segment": scenes.load_masks,
     "scenes_depth": scenes.load_depths,
     "carvana": carvana.load,
