@@ -30,11 +30,16 @@ gpu: .venv/installed
 	for network in cifar_quick resnet resnet_imagenet; do python -m benchmarks.training --network $$network || exit 1; done
 	python -m benchmarks.overparameterize
 	python -m benchmarks.revive
+	python -m recipes.run compress_cifar10 --seeds 0
+	for network in wrn_22_1 resnet_20 vgg16; do python -m benchmarks.compress outputs/recipes/compress_cifar10/$$network/base/full/0/model --tune 2 || exit 1; done
 	dvc repro # another machine than before: it profiles again, on CUDA too
 	python -m recipes.run kflo_cifar10 'cifar_quick/*' --seeds 0 1 2 # the paper's full schedule; data/raw, or add --data FILE.npz
 	python -m recipes.run kflo_cifar10 'vgg16/*' 'wrn_28_2/*' --seeds 0
 	python -m recipes.run reactivation_cifar10 resnet_32/baseline resnet_32/reactivation --seeds 0 1 2
 	python -m recipes.run restart_cifar10 'mininet/*' --seeds 0
+	python -m recipes.run selective_fashion_mnist 'densenet_40/*' --seeds 0
+	python -m recipes.run selective_cifar10 'densenet_40/*' 'resnet_164/*' --seeds 0
+	python -m recipes.run diet_cifar10 --seeds 0 1 2
 	python -m recipes.run reactivation_cifar10 resnet_110/baseline resnet_110/reactivation --seeds 0
 
 ui: .venv/installed

@@ -1,10 +1,11 @@
 """Compress methods side by side on one trained network, over a range of sizes: accuracy, measured time, and the time they take.
 
-    python -m benchmarks.compress MODEL DATA [--ratios 1.2 1.5 2 2.5 3] [--methods ...] [--multiple 8] [--images 2000]
+    python -m benchmarks.compress MODEL [--data DATA] [--ratios 1.2 1.5 2 2.5 3] [--methods ...] [--multiple 8] [--images 2000]
                                   [--tune 0] [--tuned 1.5 2 3] [--repeats 60] [--out FILE.md]
 
-MODEL is the folder `model` of a training of the chain or of a recipe, DATA the folder of its prepared data. Each method is asked
-for a network with 1/ratio of the multiply-adds, once, without training:
+MODEL is the folder `model` of a training of the chain or of a recipe (recipes/compress_cifar10.yaml), DATA the folder of its
+prepared data, by default the one under outputs/ that the model was trained on. Each method is asked for a network with 1/ratio of
+the multiply-adds, once, without training:
 
     takeover          channels closed for each reader, after the others took over what they can (ours); 4 training batches
     dealloc           selective convolution's expected channel damage, one threshold for all layers; means over 8 training batches
@@ -58,8 +59,8 @@ FIT |= {"label_smoothing": 0.0, "select": "last", "precision": "auto", "batch_si
 class Bench:
     """One trained network and its data."""
 
-    def __init__(self, model: Path, data: Path, asked: argparse.Namespace) -> None:
-        self.data: Prepared = load(data)
+    def __init__(self, model: Path, asked: argparse.Namespace) -> None:
+        self.data: Prepared = load(asked.data or prepared_for(model))
         trained, self.card = checkpoint.load(model, self.data)
         self.whole, self.shape, self.asked = collapse(trained), self.data.shape, asked
         self.training = Batches(self.data, "train", 128, "cpu", None, True, 0)
@@ -125,6 +126,15 @@ class Bench:
         return evaluate(train(run, []), self.test).accuracy
 
 
+def prepared_for(model: Path) -> Path:
+    """The folder under outputs/ with the data that a model was trained on."""
+    wanted = checkpoint.read_card(model)["data"]
+    for path in sorted(Path("outputs").glob("**/data.json")):
+        if json.loads(path.read_text()).get("fingerprint") == wanted:
+            return path.parent
+    raise InputError(f"no data under outputs/ is what {model} was trained on: give --data")
+
+
 class Part(Batches):
     """The first images of a split."""
 
@@ -160,7 +170,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.2, 1.5, 2.0, 2.5, 3.0])
     parser.add_argument("--tuned", type=float, nargs="+", default=[1.5, 2.0, 3.0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -168,7 +178,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     pick_device("cpu", asked.threads)
-    bench = Bench(asked.model, asked.data, asked)
+    bench = Bench(asked.model, asked)
     whole = evaluate(bench.whole, bench.test).accuracy
     everything = []
     for ratio in asked.ratios:

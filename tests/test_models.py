@@ -19,29 +19,46 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("alexnet", {"variant": "torchvision", "dropout": 0.5}),
     ("alexnet", {"variant": "four_convolutions", "dropout": 0.5}),
     ("cifar_quick", {}),
+    ("condensenet", {"depth": 14, "growth": 4, "groups": 4, "dropout": 0.1}),
+    ("densenet", {"depth": 10, "growth": 4, "compression": 1.0, "stem": "cifar"}),
+    ("densenet", {"depth": 16, "growth": 4, "compression": 0.5, "stem": "tiny"}),
     ("lenet5", {"variant": "classic"}),
     ("lenet5", {"variant": "padded"}),
     ("lenet5", {"variant": "caffe"}),
     ("mininet", {"dropout": 0.5}),
+    ("rednet", {"depth": 26, "width": 16, "zero_init": False}),
     ("resnet", {"depth": 8}),
     ("resnet_imagenet", {"depth": 18, "stem": "imagenet"}),
     ("resnet_imagenet", {"depth": 18, "stem": "cifar"}),
     ("resnet_imagenet", {"depth": 50, "stem": "cifar"}),
+    ("resnet_preact", {"depth": 11, "stem": "cifar"}),
+    ("resnext", {"depth": 11, "cardinality": 4, "width": 4, "stem": "cifar"}),
+    ("unet", {"width": 4, "up": "transposed"}),
+    ("unet", {"width": 4, "up": "bilinear"}),
     ("vgg16", {}),
     ("vgg16_bn", {"dropout": 0.5}),
     ("wide_resnet", {"depth": 10, "width": 2, "dropout": 0.3}),
     ("wide_resnet", {"depth": 16, "width": 1, "dropout": 0.0}),
 ]
 SMALLEST = {
-    **dict.fromkeys(("resnet", "resnet_imagenet", "wide_resnet"), 1), "cifar_quick": 15, "lenet5": 16,
+    **dict.fromkeys(("resnet", "resnet_imagenet", "wide_resnet"), 1), "cifar_quick": 15, "lenet5": 16, "unet": 16,
+    **dict.fromkeys(("condensenet", "densenet", "resnet_preact", "resnext"), 4), "rednet": 29,
     **dict.fromkeys(("vgg16", "vgg16_bn"), 32), **dict.fromkeys(("alexnet", "mininet"), 63),
 }  # fmt: skip
+CONCATENATES = ("condensenet", "densenet", "unet")
+PER_PIXEL = ("unet",)  # (B, classes, H, W); the others answer once an image
 every_network = pytest.mark.parametrize(("name", "arguments"), CASES)
 
 
 def smallest(name: str, arguments: dict[str, Any]) -> int:
     """Pixels a side of the smallest images."""
-    return 12 if arguments.get("variant") == "padded" else SMALLEST[name]
+    variants = {("lenet5", "padded"): 12, ("densenet", "tiny"): 7}
+    return variants.get((name, arguments.get("variant", arguments.get("stem"))), SMALLEST[name])
+
+
+def allowed(name: str, side: int) -> int:
+    """The side, or the next larger one that the network takes: RedNet's are 32n, or up to 3 less."""
+    return side + (-side - 3) % 32 if name == "rednet" and side % 32 not in (0, 29, 30, 31) else side
 
 
 def on_meta(name: str, size: int, channels: int = 3, classes: int = 10, **arguments: Any) -> nn.Module:
@@ -179,10 +196,12 @@ def test_convolutions_start_as_he_et_al_draw_them(name: str) -> None:
 @every_network
 def test_output_shape_follows_any_image_size_and_channel_count(name: str, arguments: dict[str, Any]) -> None:
     low = smallest(name, arguments)
-    for channels, height, width in [(1, low, low), (1, low + 1, low + 40), (2, low + 17, low), (3, 224, 224)]:
+    for channels, *sides in [(1, low, low), (1, low + 1, low + 40), (2, low + 17, low), (3, 224, 224)]:
+        height, width = (allowed(name, side) for side in sides)
         with torch.device("meta"):
             model = models.build(name, input_shape=(channels, height, width), classes=5, **arguments).eval()
-            assert model(torch.empty(4, channels, height, width)).shape == (4, 5)
+            pixels = (height, width) if name in PER_PIXEL else ()
+            assert model(torch.empty(4, channels, height, width)).shape == (4, 5, *pixels)
 
 
 @every_network
@@ -194,7 +213,8 @@ def test_smallest_image_is_the_limit(name: str, arguments: dict[str, Any]) -> No
             models.build(name, input_shape=shape, classes=10, **arguments)
     if low > 1:  # the layers themselves cannot do with less
         model = on_meta(name, low, **arguments)
-        with pytest.raises(RuntimeError, match="too small"):
+        error, said = (InputError, "sides .* divide by the stride") if name == "rednet" else (RuntimeError, "too small")
+        with pytest.raises(error, match=said):
             model(torch.empty(1, 3, low - 1, low - 1, device="meta"))
 
 
@@ -215,7 +235,7 @@ def test_fx_traces_each_layer_once_and_out_of_place(name: str, arguments: dict[s
     assert calls == Counter(leaves)
     assert not any(getattr(module, "inplace", False) for module in model.modules())
     functions = {node.target for node in graph.nodes if node.op in ("call_function", "call_method")}
-    assert functions <= {operator.add, operator.getitem}
+    assert functions <= {operator.add, operator.getitem, *([torch.cat] if name in CONCATENATES else [])}
 
 
 @pytest.mark.parametrize(("name", "arguments"), [case for case in CASES if case[0] != "vgg16_bn"])  # 134 million weights take long
@@ -234,7 +254,9 @@ def test_every_parameter_gets_a_gradient(name: str, arguments: dict[str, Any]) -
     torch.manual_seed(0)
     size = max(smallest(name, arguments), 20)
     model = models.build(name, input_shape=(3, size, size), classes=10, **arguments)
-    F.cross_entropy(model(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 3])).backward()
+    answers = model(torch.randn(4, 3, size, size))
+    labels = torch.arange(4).view(-1, *[1] * (answers.dim() - 2)).expand(4, *answers.shape[2:])  # one for each pixel, or image
+    F.cross_entropy(answers, labels).backward()
     for path, parameter in model.named_parameters():
         assert parameter.grad is not None, path
         assert 0 < parameter.grad.norm().item() < float("inf"), path
