@@ -1,7 +1,7 @@
 """Compress methods side by side on one trained network, over a range of sizes: accuracy, measured time, and the time they take.
 
     python -m benchmarks.compress MODEL [--data DATA] [--ratios 1.2 1.5 2 2.5 3] [--methods ...] [--multiple 8] [--images 2000]
-                                  [--tune 0] [--tuned 1.5 2 3] [--repeats 60] [--out FILE.md]
+                                  [--tune 0] [--tuned 1.5 2 3] [--repeats 60]
 
 MODEL is the folder `model` of a training of the chain or of a recipe (recipes/compress_cifar10.yaml), DATA the folder of its
 prepared data, by default the one under outputs/ that the model was trained on. Each method is asked for a network with 1/ratio of
