@@ -2,11 +2,13 @@
 shrink. Works on the "meta" device, where nothing has a value."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
 from pipeline.channels import Channels, follow
+from pipeline.errors import InputError
 from pipeline.families import Families
 from pipeline.surgery import Shape
 
@@ -59,6 +61,16 @@ def coverage(model: nn.Module, input_shape: Shape, *, protect: Sequence[str] = (
     whole, least = families.sizes, families.sizes * 0 + [family.allowed[0] for family in families.all]
     shares = {kind: float(families.amounts(kind, least) / families.amounts(kind, whole)) for kind in ("macs", "params")}
     return Coverage(tuple(rows), shares, tuple(channels.untreated))
+
+
+def described(model: nn.Module, input_shape: Shape) -> tuple[list[str], list[dict[str, Any]]]:
+    """What to tell of a network, and its rows as JSON. One that cannot be traced has a reason and no rows."""
+    try:
+        told = coverage(model, input_shape)
+    except InputError as error:
+        return [str(error)], []
+    shares = f"{told.least['macs']:.1%} of the multiply-adds and {told.least['params']:.1%} of the parameters"
+    return [f"can leave {shares} at the least", *told.untreated], [asdict(row) for row in told.rows]
 
 
 def _why(channels: Channels, name: str, free: int) -> str:

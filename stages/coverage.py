@@ -1,4 +1,4 @@
-"""What each method of the grid can and cannot treat in this network: outputs/coverage/coverage.json, before any training."""
+"""What each method, and surgery layer by layer, can do to this network: outputs/coverage/coverage.json, before any training."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 
 from pipeline import checkpoint, methods
 from pipeline.config import Train, Variants, lookup, parse, read_params
+from pipeline.coverage import described
 from pipeline.data.batches import Prepared, load
 from pipeline.errors import InputError
 from pipeline.files import write_json
@@ -40,9 +41,10 @@ def main() -> None:
     for family, names in (("revive", variants.revive), ("compress", variants.compress)):
         for key in (f"{family}.{name}" for name in names):
             notes[key] = _ask(family, key, methods.options(family, key, lookup(params, key)), model, data)
+    notes["surgery"], layers = described(model, data.shape)
     for key, told in notes.items():
         print("\n".join(f"{key}: {note}" for note in told or ["treats every layer it is meant for"]))
-    write_json(folder("coverage") / "coverage.json", notes)
+    write_json(folder("coverage") / "coverage.json", {"notes": notes, "layers": layers})
     write_json(folder("coverage") / "passed.json", {"passed": True})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import randomise
 from torch import Tensor, nn
 
 from pipeline import methods, models
@@ -51,13 +52,13 @@ every_network = pytest.mark.parametrize(("name", "arguments"), CASES)
 
 def smallest(name: str, arguments: dict[str, Any]) -> int:
     """Pixels a side of the smallest images."""
-    variants = {("lenet5", "padded"): 12, ("densenet", "tiny"): 7}
+    variants: dict[tuple[str, Any], int] = {("lenet5", "padded"): 12, ("densenet", "tiny"): 7}
     return variants.get((name, arguments.get("variant", arguments.get("stem"))), SMALLEST[name])
 
 
 def allowed(name: str, side: int) -> int:
     """The side, or the next larger one that the network takes: RedNet's are 32n, or up to 3 less."""
-    return side + (-side - 3) % 32 if name == "rednet" and side % 32 not in (0, 29, 30, 31) else side
+    return next(n for n in range(side, side + 32) if name != "rednet" or -n % 32 <= 3)
 
 
 def on_meta(name: str, size: int, channels: int = 3, classes: int = 10, **arguments: Any) -> nn.Module:
@@ -173,8 +174,7 @@ def test_fx_traces_each_layer_once_and_out_of_place(name: str, arguments: dict[s
 def test_traced_network_computes_the_same(name: str, arguments: dict[str, Any]) -> None:
     torch.manual_seed(0)
     size = max(smallest(name, arguments), 20)
-    model = models.build(name, input_shape=(3, size, size), classes=10, **arguments).eval()
-    randomise_batchnorm(model)
+    model = randomise(models.build(name, input_shape=(3, size, size), classes=10, **arguments)).eval()
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x), rtol=0, atol=0)

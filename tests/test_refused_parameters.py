@@ -21,9 +21,9 @@ PARAMETERS: list[tuple[str, Any, str]] = [
     ("data", "digits", "data = 'digits': must hold parameters"),
     (
         "data.name",
-        "imagenet",
-        "data.name = 'imagenet': must be 'digits', 'fashion_mnist', 'cifar10', 'cifar100', 'tiny_imagenet', 'folder', "
-        "'scenes_segment', 'carvana', 'scenes_depth' or 'nyu_v2'",
+        "cifar",
+        "data.name = 'cifar': must be 'digits', 'fashion_mnist', 'cifar10', 'cifar100', 'tiny_imagenet', 'imagenette', 'imagenet', "
+        "'folder', 'scenes_segment', 'carvana', 'scenes_depth' or 'nyu_v2'",
     ),
     ("data.download", "yes", "data.download = 'yes': must be a valid boolean"),
     ("data.image_size", 0, "data.image_size = 0: must be greater than or equal to 1"),
@@ -50,7 +50,12 @@ PARAMETERS: list[tuple[str, Any, str]] = [
     ("augment.scale", [0.08, 1.0], "augment: scale needs pad: 0, pad needs scale: null"),  # the pad is 1
     ("runtime.device", "tpu", "runtime.device = 'tpu': must be 'auto', 'cpu' or 'cuda'"),
     ("runtime.threads", 0, "runtime.threads = 0: must be greater than or equal to 1"),
-    ("model", ["cifar_quick"], "model.name = None: must be one of alexnet, cifar_quick, lenet5, mininet, resnet, "),
+    (
+        "model",
+        ["cifar_quick"],
+        "model.name = None: must be one of alexnet, cifar_quick, condensenet, densenet, lenet5, mininet, rednet, resnet, "
+        "resnet_imagenet, resnet_preact, resnext, unet, vgg16, vgg16_bn, wide_resnet",
+    ),
     ("model.name", "lenet", "model.name = 'lenet': must be one of alexnet, cifar_quick, "),
     ("model.depth", 20, "model.depth is not a parameter; remove it or correct its name"),
     ("model", {"name": "resnet", "depth": 33}, "model.depth = 33: must be 6n + 2"),

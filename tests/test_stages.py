@@ -71,7 +71,7 @@ PARAMETERS: dict[str, set[str]] = {
 GROUND = "errors files config hardware methods layers channels hooks evaluation progress resume records data models grid lineage "
 GROUND += "export inference measure latency expansion branches averaging tracing filters precision weights operators involution "
 GROUND += "redirect ecdm tasks scores pictures conventions "
-SURGERY = "surgery structure costs families budget removal grouping selection allocation latency_budget sensitivity masking takeover"
+SURGERY = "surgery structure costs families budget removal grouping selection allocation latency_budget sensitivity masking takeover coverage"
 FLOORS = [
     set(GROUND.split()),
     set(f"{SURGERY} training overparameterize revive report tracking tracking_model tracking_server".split()),
