@@ -1,6 +1,7 @@
 """What a network can start from: folders of other trainings, and weight files that others publish, which are state dicts in
 PyTorch's and in the safetensors format. No code in them is run."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipeline.errors import InputError
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 NESTED = ("state_dict", "model")  # where checkpoints of other projects hold the state dict
+DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")  # torchvision's published files are older than its names
 PREFIX = "module."  # of every name, where DataParallel saved
 
 
@@ -52,7 +54,7 @@ def read(path: Path) -> Weights:
             raise InputError(f"{path}: {name} has values that are not finite: no network can start from it")
     if all(name.startswith(PREFIX) for name in tensors):
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    return Weights(path, tensors)
+    return Weights(path, {DENSENET.sub(r"\1\2.", name): tensor for name, tensor in tensors.items()})
 
 
 def _content(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """Weights that others publish: torchvision's networks and ours compute the same with them; what can be read, what is taken over."""
 
 import io
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -298,3 +299,12 @@ def test_a_training_never_resumes_with_another_file(prepared: Prepared, tmp_path
         with pytest.raises(InputError, match="full is a file"):
             started(prepared, tmp_path, 1, tmp_path / "full")
     assert len(list((tmp_path / "resume").iterdir())) == 2
+
+
+def test_the_names_of_published_densenets_are_those_of_torchvision(tmp_path: Path) -> None:
+    """Its files say denselayer1.norm.1.weight where its module says denselayer1.norm1.weight."""
+    state = torchvision.models.densenet121(num_classes=10).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): tensor for name, tensor in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old and len(old) == len(state)
+    torch.save(old, tmp_path / "densenet121.pth")
+    assert weights.read(tmp_path / "densenet121.pth").state_dict().keys() == state.keys()

@@ -134,6 +134,7 @@ class Takeover(hooks.Hook):
 
     def prepare(self, run: hooks.Run) -> None:
         options = self.options
+        inputs = {name: _weight(run.model, name).shape[1] for name in units(run.model, follow(run.model, run.input_shape))}
         run.model, facts = take_over(
             run.model.to(run.device),
             run.input_shape,
@@ -147,7 +148,9 @@ class Takeover(hooks.Hook):
         before = evaluate(run.model, run.validation).accuracy
         batches = reestimate_batchnorm(run.model, run.train, run.epoch)
         after = evaluate(run.model, run.validation).accuracy
-        run.log("takeover", **facts)
+        removed, lost = facts.pop("removed"), facts.pop("lost")
+        rows = [{"name": name, "open": count - removed.get(name, 0), "inputs": count} for name, count in inputs.items()]
+        run.log("takeover", layers=rows, open=sum(row["open"] for row in rows), lost=max(lost.values(), default=0.0), **facts)
         run.log("batchnorm", batches=batches, validation_accuracy_before=before, validation_accuracy_after=after)
 
 
