@@ -1,5 +1,7 @@
 """The tables on compressing: their figures, that every row can be trained, and that its method treats its network as published."""
 
+import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from pipeline import methods, models
 from pipeline.channels import follow
 from pipeline.compress.diet import diet
 from pipeline.removal import choose, filters_of
-from pipeline.surgery import drop, shrink
+from pipeline.surgery import Shape, drop, shrink
 from recipes import tables
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -78,24 +80,38 @@ DATA = {
 }  # fmt: skip
 
 
+table = cache(tables.read_table)
+
+
 def of(name: str, network: str, method: str) -> dict[str, Any]:
-    return tables.parameters(tables.read_table(name), (network, method))
+    return tables.parameters(table(name), (network, method))
 
 
-def built(params: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
+def built(params: dict[str, Any]) -> tuple[nn.Module, Shape]:
     """A row's network on the meta device, and the shape of its images."""
     channels, size, classes = DATA[params["data"]["name"]]
     assert (params["data"]["crop"] or {"size": params["data"]["image_size"] or size})["size"] == size
-    network = dict(params["model"])
+    return build(json.dumps(params["model"]), (channels, size, size), classes), (channels, size, size)
+
+
+@cache
+def build(model: str, shape: Shape, classes: int) -> nn.Module:
+    network = json.loads(model)
     with torch.device("meta"):
-        model = models.build(network.pop("name"), input_shape=(channels, size, size), classes=classes, **network)
-    return model, (channels, size, size)
+        return models.build(network.pop("name"), input_shape=shape, classes=classes, **network)
 
 
-def method_of(params: dict[str, Any]) -> Any:
-    """The hook of the row's compress method, as the first training makes it."""
+def method_of(params: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The hook of the row's compress method, as the first training makes it, and what it says on coverage of the row's network."""
     block = {**params["train"]["compress"], "fit": params["train"]["fit"]}
-    return methods.load("compress", block["method"]).create(methods.options("compress", "block", block))
+    return covered(json.dumps(block), *built(params))
+
+
+@cache
+def covered(block: str, model: nn.Module, shape: Shape) -> tuple[Any, list[str]]:
+    chosen = json.loads(block)
+    hook = methods.load("compress", chosen["method"]).create(methods.options("compress", "block", chosen))
+    return hook, hook.coverage(model, shape)
 
 
 def count(model: nn.Module) -> int:
@@ -117,20 +133,20 @@ def test_every_table_is_tested() -> None:
 
 
 def test_every_cell_of_the_papers_tables_has_a_row() -> None:
-    own = {name: tables.read_table(name).expected for name in CELLS}
+    own = {name: table(name).expected for name in CELLS}
     assert {name: sum(cell is not None for row in rows.values() for cell in row.values()) for name, rows in own.items()} == CELLS
 
 
 def test_expected_figures_are_the_papers() -> None:
     for name, errors in ERRORS.items():
-        expected = tables.read_table(name).expected
+        expected = table(name).expected
         for network, cells in errors.items():
             wanted = [(round(100 - error, 2), deviation) for error, deviation in cells]
             assert [expected[network]["base"], expected[network]["select"]] == wanted, (name, network)
-    condensed = tables.read_table("condensenet_cifar10").expected
+    condensed = table("condensenet_cifar10").expected
     assert condensed["condensenet_182"]["lgc"] == (100 - 3.76, None)
     assert condensed["condensenet_182_dropout"]["select"] == (100 - 3.50, None)
-    expected = tables.read_table("diet_imagenette").expected
+    expected = table("diet_imagenette").expected
     for network, cells in DIETS.items():
         found = [expected[network][method] for method in ("full", "diet", "diet_kd", "random_init")]
         assert found == [(cell, None) for cell in cells]
@@ -139,22 +155,19 @@ def test_expected_figures_are_the_papers() -> None:
 @pytest.mark.parametrize("name", CELLS)
 def test_every_row_can_be_trained_by_a_method_that_treats_its_network(name: str) -> None:
     asked = runner._options([name, "--share", "0.1"])
-    for row in tables.rows_of(table := tables.read_table(name), ["*"]):
-        params = runner.job(name, table, row, 0, asked).params
-        whole = of(name, *row)["train"]
-        assert params["train"]["compress"] == whole["compress"], "their schedules are shares of the training"
-        assert params["train"]["fit"]["epochs"] == round(whole["fit"]["epochs"] / 10)
-        model, shape = built(params)
-        notes = method_of(params).coverage(model, shape)
+    for row in tables.rows_of(table(name), ["*"]):
+        short = runner.job(name, table(name), row, 0, asked).params["train"]
+        params = of(name, *row)
+        assert short["compress"] == params["train"]["compress"], "their schedules are shares of the training"
+        assert short["fit"]["epochs"] == round(params["train"]["fit"]["epochs"] / 10)
+        _, notes = method_of(params)
         assert bool(notes) is (params["train"]["compress"]["method"] != "finetune"), row  # at least the first or the last layer
 
 
 @pytest.mark.parametrize(("name", "network"), [(name, network) for name, cells in ERRORS.items() for network in cells])
 def test_selective_rows_redirect_every_1x1_convolution_and_close_the_3x3_ones(name: str, network: str) -> None:
     params = of(name, network, "select")
-    model, shape = built(params)
-    hook, layers = method_of(params), kernels(model)
-    hook.coverage(model, shape)
+    (hook, _), layers = method_of(params), kernels(built(params)[0])
     assert hook.sources == dict.fromkeys(layers[1, 1], 3) and layers[1, 1]
     assert set(hook.units) == {*layers[1, 1], *layers[3, 3]} and not hook.measured
     assert bool(layers[3, 3]) is (network != "resnext_29")  # its own work in groups, and are left alone
@@ -169,9 +182,8 @@ def test_selective_rows_redirect_every_1x1_convolution_and_close_the_3x3_ones(na
 def test_condensenets_rows_treat_its_1x1_convolutions_alone() -> None:
     for network, method in (("condensenet_182", "lgc"), ("condensenet_182_dropout", "select")):
         params = of("condensenet_cifar10", network, method)
-        model, shape = built(params)
-        hook, layers = method_of(params), kernels(model)[1, 1]
-        hook.coverage(model, shape)
+        (hook, _), model = method_of(params), built(params)[0]
+        layers = kernels(model)[1, 1]
         assert len(layers) == 90 and count(model) == 13_792_906
         assert hook.names == layers
         assert params["model"]["dropout"] == (0.1 if method == "select" else 0.0) and params["train"]["fit"]["epochs"] == 600
@@ -200,20 +212,23 @@ def test_rows_train_as_their_papers_do() -> None:
         assert of("selective_tiny_imagenet", network, "base")["model"]["stem"] == "tiny"  # a first convolution of stride 2
 
 
-def on_diet(params: dict[str, Any]) -> tuple[int, int]:
-    """Parameters of the row's network, and of what the row's diet makes of it: by the first group, as no group has weights here."""
+@cache
+def on_diet(name: str, network: str) -> tuple[int, int]:
+    """Parameters of the row's network, and of what a diet makes of it: by the first group, as no group has weights here."""
+    params = of(name, network, "diet")
     model, shape = built(params)
     options = params["train"]["compress"]
-    smaller, _ = diet(
-        model, shape, groups=options["groups"], score="first", concat=options["concat"], protect=tuple(options["protect"])
-    )
+    protect = tuple(options["protect"])
+    smaller, _ = diet(model, shape, groups=options["groups"], score="first", concat=options["concat"], protect=protect)
     return count(model), count(smaller)
 
 
 @pytest.mark.parametrize(("name", "network"), SIZES)
 def test_diets_have_the_published_sizes(name: str, network: str) -> None:
-    for method in ("diet", "diet_kd", "random_init", "random_group"):
-        assert on_diet(of(name, network, method)) == SIZES[name, network]
+    assert on_diet(name, network) == SIZES[name, network]
+    cuts = {key: of(name, network, "diet")["train"]["compress"][key] for key in ("method", "groups", "target", "concat", "protect")}
+    for method in ("diet_kd", "random_init", "random_group"):
+        assert cuts.items() <= of(name, network, method)["train"]["compress"].items()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +243,7 @@ def test_the_l1_control_keeps_as_many_parameters_as_the_diet(name: str, network:
     how = {key: options[key] for key in ("share", "target", "multiple", "scope", "protect")}
     assert options["residual"] == "tied"
     gone = choose(model, shape, channels, scores, **how).channels
-    assert count(shrink(model, shape, drop(channels, gone))) == on_diet(of(name, network, "diet"))[1]
+    assert count(shrink(model, shape, drop(channels, gone))) == on_diet(name, network)[1]
 
 
 def test_the_rows_of_a_diet_differ_in_what_their_names_say() -> None:
@@ -241,9 +256,8 @@ def test_the_rows_of_a_diet_differ_in_what_their_names_say() -> None:
     }.items():
         assert of("diet_imagenette", "resnet_18", method)["train"] == plain | {"compress": plain["compress"] | changes}
     for name in ("diet_imagenette", "diet_unet", "diet_cifar10", "diet_fashion_mnist"):
-        table = tables.read_table(name)
-        for network, rows in table.expected.items():
+        for network, rows in table(name).expected.items():
             for method in rows:
-                found = runner.job(name, table, (network, method), 0, runner._options([name])).sources
+                found = runner.job(name, table(name), (network, method), 0, runner._options([name])).sources
                 wanted = [] if method == "full" else [(name, (network, "full"), 0)]
                 assert [(source.table, source.row, source.seed) for source in found] == wanted
