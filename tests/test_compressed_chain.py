@@ -1,0 +1,168 @@
+"""The chain, from data to a proven ONNX file, with each compress method selected: on classes with over-parameterised layers, on
+masks and depths, on learned groups, and behind a first training that redirected channels. `test_tasks_chain.py` has the diet."""
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_chain import call, parameters, write_parameters
+from test_laws import COMPRESS, REVIVE
+from test_tasks_chain import settings
+from torch import nn
+
+from pipeline import checkpoint, methods, models
+from pipeline.measure import count
+from pipeline.redirect import Redirect
+from pipeline.scores import NAMES
+
+INSTALLED = importlib.util.find_spec("torch_pruning") is not None
+METHODS = [method for method in COMPRESS if method != "torch_pruning" or INSTALLED]
+EPOCHS = {"selective": 2, "slimming": 2, "lgc": 1}  # they work while training goes on; the others are through before it
+KINDS = {"selective": "dealloc", "lgc": "condense"}  # of the event that a method leaves; the others' is their own name
+
+
+def half(of: str = "macs", fraction: float = 0.5) -> dict[str, Any]:
+    """A target, in widths of any number."""
+    return {"target": {"of": of, "fraction": fraction}, "multiple": 1}
+
+
+# Chain -> name of a block -> the method and what differs from the usual options.
+BLOCKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "classify": {
+        "diet": ("diet", {"groups": None, **half()}),
+        "dealloc": ("selective", {}),
+        "dealloc_target": ("selective", {"gamma": None, **half("params", 0.4)}),
+        "takeover": ("takeover", {"gamma": None, **half()}),
+        "l1": ("l1", {"share": None, **half("keep")}),
+        "slimming": ("slimming", {"share": None, **half()}),
+        "random": ("random", {"share": None, **half("params")}),
+        "torch_pruning": ("torch_pruning", {"share": None, **half()}),
+    },
+    "segment": {method: (method, {}) for method in METHODS if method not in ("finetune", "lgc")},
+    "depth": {method: (method, {}) for method in METHODS if method not in ("finetune", "lgc")},
+    "groups": {"lgc": ("lgc", {})},
+    "redirected": {"takeover": ("takeover", {}), "l1": ("l1", {})},
+}
+BLOCKS["segment"]["diet"] = BLOCKS["depth"]["diet"] = ("diet", {"groups": None, **half()})
+if not INSTALLED:
+    del BLOCKS["classify"]["torch_pruning"]
+CASES = [(chain, block) for chain, blocks in BLOCKS.items() for block in blocks]
+# The export of a U-Net takes its time: of methods that leave the same layers behind, one.
+NOT_EXPORTED = {(task, method) for task in ("segment", "depth") for method in METHODS if method not in ("diet", "takeover")}
+
+
+def params_of(chain: str) -> dict[str, Any]:
+    """A small params.yaml: the usual one, or that of a task, with the chain's network and blocks."""
+    params = settings(chain) if chain in ("segment", "depth") else parameters()
+    fit = params["train"]["fit"]
+    if chain in ("segment", "depth"):
+        params["data"]["per_class"] = 64
+    if chain == "groups":
+        params["model"] = {"name": "condensenet", "depth": 8, "growth": 4, "groups": 4, "dropout": 0.1}
+        params["train"]["overparameterize"] = {"method": "none"}
+    if chain == "redirected":
+        params["model"] = {"name": "densenet", "depth": 10, "growth": 8, "compression": 0.5, "stem": "tiny"}
+        params["train"] |= {"fit": fit | {"epochs": 4}, "compress": compress("selective", realloc={"1x1": 3})}
+        params["revive"] = {"finetune": {"method": "reactivation", **REVIVE["reactivation"], "fit": fit | {"epochs": 2}}}
+    blocks = {name: compress(method, **changes) for name, (method, changes) in BLOCKS[chain].items()}
+    params["compress"] = {name: block | {"fit": fit | {"epochs": EPOCHS.get(block["method"], 0)}} for name, block in blocks.items()}
+    params["variants"] = {"revive": ["finetune"], "compress": list(blocks)}
+    params["profile"]["control"] = f"finetune-{next(iter(blocks))}"
+    return params
+
+
+def compress(method: str, **changes: Any) -> dict[str, Any]:
+    return {"method": method, **COMPRESS[method], "distill": None, "sensitivity": None, **changes}
+
+
+@pytest.fixture(scope="module")
+def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The chain up to `revive` in the working directory."""
+    with contextlib.chdir(tmp_path_factory.mktemp(request.param)):
+        write_parameters(Path(), params_of(request.param))
+        Path("data/start").mkdir(parents=True)
+        for words in (("check",), ("prepare",), ("coverage",), ("train", "0"), ("revive", "finetune", "0")):
+            assert call(*words) == 0, words
+        yield request.param
+
+
+def record(stage: str, variant: str) -> dict[str, Any]:
+    return json.loads(Path(f"outputs/{stage}/{variant}/record.json").read_text())
+
+
+def model(stage: str, variant: str) -> nn.Module:
+    return checkpoint.load(Path(f"outputs/{stage}/{variant}/model"))[0]
+
+
+def size(network: nn.Module) -> dict[str, float]:
+    """Multiply-adds, parameters, and the outputs of all layers."""
+    found = count(network, (1, 16, 16))
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    outputs = [layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features for layer in layers]
+    return {"macs": found["macs"], "params": sum(parameter.numel() for parameter in network.parameters()), "keep": sum(outputs)}
+
+
+def test_every_method_is_tested() -> None:
+    absent = {"finetune"} if INSTALLED else {"finetune", "torch_pruning"}  # the control; an extra
+    assert {method for blocks in BLOCKS.values() for method, _ in blocks.values()} == set(methods.names("compress")) - absent
+    for task in NAMES:
+        assert {"diet", "takeover"} <= {method for method, _ in BLOCKS[task].values()}, task
+
+
+@pytest.mark.parametrize(("chain", "block"), CASES, indirect=["chain"])
+def test_the_chain_runs_from_data_to_a_proven_onnx_file(chain: str, block: str) -> None:
+    method, _ = BLOCKS[chain][block]
+    variant = f"finetune-{block}-0"
+    exported = (chain, method) not in NOT_EXPORTED
+    for stage in ("compress", "collapse", *(["export"] if exported else [])):
+        assert call(stage, "finetune", block, "0") == 0, stage
+    names = NAMES[chain if chain in NAMES else "classify"]
+    kinds = [event["kind"] for event in record("compress", variant)["events"]]
+    assert KINDS.get(method, method) in kinds, kinds
+    figures = [record(stage, variant)["metrics"] for stage in ("compress", "collapse")]
+    assert figures[1]["parameters"] < record("train", "0")["metrics"]["parameters"]
+    score = f"test_{names.headline}"
+    assert figures[0][score] == pytest.approx(figures[1][score], abs=1e-3)
+    if exported:
+        metrics = record("export", variant)["metrics"]
+        assert metrics[score] == pytest.approx(metrics[f"torch_{score}"], abs=1e-4 if chain == "depth" else 0)
+        assert metrics[names.agreement] > 0.999 and metrics["max_abs_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("chain", "block"), [(c, b) for c, b in CASES if BLOCKS[c][b][1].get("target") and c == "classify"], indirect=["chain"]
+)
+def test_targets_are_reached_by_the_network_without_its_expansion(chain: str, block: str) -> None:
+    network = model("collapse", f"finetune-{block}-0")
+    whole = size(models.build("cifar_quick", input_shape=(1, 16, 16), classes=10))
+    target = BLOCKS[chain][block][1]["target"]
+    share = size(network)[target["of"]] / whole[target["of"]]
+    assert 0.98 * target["fraction"] <= share <= target["fraction"]
+
+
+@pytest.mark.parametrize("chain", ["redirected"], indirect=True)
+def test_redirected_channels_stay_so_to_the_end(chain: str) -> None:
+    moved = {}
+    for stage, variants in {
+        "train": ["0"],
+        "revive": ["finetune-0"],
+        "collapse": [f"finetune-{b}-0" for b in BLOCKS[chain]],
+    }.items():
+        for variant in variants:
+            found = [module for module in model(stage, variant).modules() if isinstance(module, Redirect)]
+            moved[variant] = sum(len(module.moved) for module in found)
+    surgery = next(event for event in record("train", "0")["events"] if event["kind"] == "surgery")
+    assert moved["0"] == moved["finetune-0"] == sum(surgery["redirected"].values()) > 3
+    assert all(0 < moved[f"finetune-{block}-0"] <= moved["0"] for block in BLOCKS[chain])
+    assert any(event["kind"] == "reactivation" for event in record("revive", "finetune-0")["events"])
+
+
+@pytest.mark.parametrize("chain", ["groups"], indirect=True)
+def test_learned_groups_are_groups_in_the_end(chain: str) -> None:
+    layers = {name: module for name, module in model("collapse", "finetune-lgc-0").named_modules() if isinstance(module, nn.Conv2d)}
+    pointwise = [layer for layer in layers.values() if layer.kernel_size == (1, 1)]
+    assert [layer.groups for layer in pointwise] == [COMPRESS["lgc"]["groups"]] * 3
