@@ -2,7 +2,9 @@
 
 Source: Polyak and Juditsky 1992; the exponential form, and as a rival of KFLO, in "Utilizing Excess Resources in Training Neural
 Networks", which states no decay. Statistics of batch norms are the last ones of training. Each round (of restarts) has an average
-of its own; edits between two epochs come into it as slowly as training does.
+of its own; edits between two epochs come into it as slowly as training
+does (with selective convolution the average of a slot that was opened again mixes what it read before: leave epochs after the last
+event).
 """
 
 from typing import Any

@@ -83,7 +83,7 @@ class Budget:
         """Remove a share of all units by their rank. As published: among all, those not above the one at int(n * share) in
         ascending order (network slimming); of each layer all but int(n * (1 - share)) (L1 pruning)."""
         if self.scope == "layer" and self.flat.size:
-            raw = np.array([int(size * (1 - share)) for size in self.most])
+            raw = np.array([int(round(size * (1 - share), 9)) for size in self.most])
         else:
             threshold = self.flat[self.rank[min(int(len(self.rank) * share), len(self.rank) - 1)]]
             raw = np.array([int((keys > threshold).sum()) for keys in self.keys])

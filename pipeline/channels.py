@@ -11,8 +11,7 @@ one node, and slices, zero-padded shortcuts and constants are seen for what they
 """
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from math import prod
 from typing import Any
 
@@ -21,89 +20,13 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from pipeline import operators as ops
+from pipeline.channel_ids import Channels, Ids
 from pipeline.involution import Involve
-from pipeline.layers import ChannelPad, ChannelSelect
+from pipeline.layers import ChannelPad, ChannelSelect, FilteringLayer
 from pipeline.redirect import Redirect
 from pipeline.tracing import Tracer, norms_in, tracing
 
-Ids = list[int]
-
-
-@dataclass
-class Channels:
-    """Ids of the channels of every layer, by the layer's qualified name; equal channels have equal ids."""
-
-    inputs: dict[str, Ids] = field(default_factory=dict)  # of filtering layers: what they read
-    outputs: dict[str, Ids] = field(default_factory=dict)  # of filtering layers: what they make
-    channelwise: dict[str, Ids] = field(default_factory=dict)  # of batch norms and depthwise convolutions
-    involved: dict[str, Ids] = field(default_factory=dict)  # of involutions, which have no tensors
-    pads: dict[str, tuple[Ids, Ids]] = field(default_factory=dict)  # zero channels before and after
-    selects: dict[str, tuple[Ids, Ids]] = field(default_factory=dict)  # of ChannelSelect: read, passed on
-    redirects: dict[str, tuple[Ids, Ids, Ids]] = field(default_factory=dict)  # of Redirect: read, its slots, the source of each
-    groups: dict[str, list[tuple[Ids, Ids]]] = field(default_factory=dict)  # of grouped layers: what each group reads and makes
-    pixels: dict[str, int] = field(default_factory=dict)  # where a filtering or depthwise layer applies its kernel, for one image
-    pinned: dict[int, str] = field(default_factory=dict)  # channels that must stay, and why
-    summed: set[int] = field(default_factory=set)  # channels that take part in an addition
-    norm_after: dict[str, str] = field(default_factory=dict)  # the batch norm that alone reads a convolution
-    relu_source: dict[str, str] = field(default_factory=dict)  # the batch norm whose ReLU (averaged or not) a layer reads
-    untreated: list[str] = field(default_factory=list)  # operators that were not understood
-    parents: Ids = field(default_factory=list)
-
-    def fresh(self, count: int) -> Ids:
-        """New ids."""
-        self.parents.extend(range(len(self.parents), len(self.parents) + count))
-        return list(range(len(self.parents) - count, len(self.parents)))
-
-    def find(self, channel: int) -> int:
-        """The one id that stands for all channels equal to this one."""
-        while self.parents[channel] != channel:
-            self.parents[channel] = channel = self.parents[self.parents[channel]]
-        return channel
-
-    def unite(self, first: Ids, second: Ids) -> None:
-        """Make channels equal, pair by pair; the older id stands for both."""
-        for a, b in zip(map(self.find, first), map(self.find, second), strict=True):
-            self.parents[max(a, b)] = min(a, b)
-
-    def pin(self, channels: Ids, why: str) -> None:
-        """Keep these channels, whatever is asked."""
-        for channel in channels:
-            self.pinned.setdefault(channel, why)
-
-    def pins(self) -> dict[int, str]:
-        """Why a channel must stay, by the id that stands for it."""
-        return {self.find(channel): why for channel, why in reversed(self.pinned.items())}
-
-    @property
-    def own(self) -> dict[str, Ids]:
-        """What layers treat channel by channel, those without tensors among them."""
-        return {**self.channelwise, **self.involved}
-
-    def settle(self) -> None:
-        """Write the id that stands for it in place of every id."""
-        rooted: Callable[[Ids], Ids] = lambda ids: [self.find(channel) for channel in ids]  # noqa: E731
-        for lists in (self.inputs, self.outputs, self.channelwise, self.involved):
-            lists.update({name: rooted(ids) for name, ids in lists.items()})
-        for pairs in (self.pads, self.selects):
-            pairs.update({name: (rooted(first), rooted(second)) for name, (first, second) in pairs.items()})
-        self.redirects = {name: (rooted(read), rooted(slots), rooted(of)) for name, (read, slots, of) in self.redirects.items()}
-        self.groups = {name: [(rooted(a), rooted(b)) for a, b in parts] for name, parts in self.groups.items()}
-        self.pinned, self.summed = self.pins(), {self.find(channel) for channel in self.summed}
-
-    def joins(self, name: str) -> bool:
-        """Whether what the layer makes is added to something else, as at the end of a residual block."""
-        made = self.outputs.get(name) or self.channelwise.get(name, [])
-        return bool({*made} & self.summed)
-
-    def units(self) -> dict[int, int]:
-        """A label for every channel: those that go together or not at all, so that the groups of grouped layers stay equal, share
-        one. The n-th channels of all groups of a layer go together, in what it reads and in what it makes."""
-        united = Channels(parents=list(self.parents))
-        for parts in self.groups.values():
-            for side in zip(*parts, strict=True):
-                for ids in side[1:]:
-                    united.unite(side[0], ids)
-        return {self.find(channel): united.find(channel) for channel in range(len(self.parents))}
+__all__ = ["Channels", "Ids", "follow"]
 
 
 def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
@@ -113,7 +36,15 @@ def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
         example = next(model.parameters()).new_zeros(1, *input_shape)
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
-    return _Follower(traced).channels
+    channels = _Follower(traced).channels
+    channels.shape = input_shape
+    return channels
+
+
+def inside(name: str, owners: Collection[str]) -> bool:
+    """Whether a module is part of one of the owners, as a parametrisation is of its layer."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in owners for depth in range(1, len(parts)))
 
 
 class _Follower:
@@ -128,12 +59,20 @@ class _Follower:
         # What serves more than once and has widths of its own must stay as it is.
         free = (*ops.CHANNELWISE_MODULES, nn.Flatten, Involve)
         self.shared = {name for name, count in uses.items() if count > 1 and not isinstance(self.modules[name], free)}
+        self.shared |= ops.with_shared_parameters(self.modules)
         self.ids: dict[fx.Node, Ids] = {}
         self.last: set[fx.Node] = set()  # tensors whose channels are on the last axis, (B, H, W, C)
         for node in traced.graph.nodes:
             ids = self.visit(node)
             if ids is not None:
                 self.ids[node] = ids
+        for name, module in self.modules.items():
+            if (
+                isinstance(module, (FilteringLayer, nn.modules.batchnorm._BatchNorm))
+                and name not in uses
+                and not inside(name, uses)
+            ):
+                self.channels.untreated.append(f"{name} is not called in evaluation: what it reads is not known")
         self.channels.settle()
 
     def visit(self, node: fx.Node) -> Ids | None:
@@ -152,7 +91,7 @@ class _Follower:
         if not read:
             return self.unknown(node, read) if ops.channel_count(node) is not None and node.op != "get_attr" else None
         turned = [n in self.last for n in node.all_input_nodes if n in self.ids]
-        if len(read) == 1 and (node.target in ops.ACROSS or type(self.modules.get(str(node.target))) in ops.ACROSS):
+        if len(read) == 1 and ops.across(node, self.modules):
             return self.across(node, read[0])
         if any(turned) or ops.turns(node):
             return self.on_last_axis(node, read, turned)
@@ -161,7 +100,7 @@ class _Follower:
     def module(self, node: fx.Node, read: list[Ids]) -> Ids:
         name = str(node.target)
         module = self.modules[name]
-        if name in self.shared:
+        if name in self.shared or not ops.is_torchs_own(module):
             return self.unknown(node, read)
         rules: dict[Any, Callable[..., Ids | None]] = {
             nn.Conv2d: self.convolution,
@@ -180,6 +119,8 @@ class _Follower:
                 ids = rule(node, name, module, read[0])
                 return self.unknown(node, read) if ids is None else ids
         channelwise = isinstance(module, ops.CHANNELWISE_MODULES) and len(read) == 1
+        if not isinstance(module, ops.ELEMENTWISE_MODULES) and len(ops.shape(node.all_input_nodes[0]) or ()) != 4:
+            channelwise = False  # of three axes, pooling would take the channels for pixels
         return read[0] if channelwise else self.unknown(node, read)
 
     def convolution(self, node: fx.Node, name: str, layer: Any, ids: Ids) -> Ids | None:
@@ -238,7 +179,8 @@ class _Follower:
 
     def flatten(self, node: fx.Node, ids: Ids) -> Ids | None:
         features = ops.channel_count(node)
-        if features is None or len(ops.shape(node) or ()) != 2 or features % len(ids):
+        before = ops.shape(node.all_input_nodes[0]) or (0,)
+        if features is None or ops.shape(node) != (before[0], prod(before[1:])):
             return None
         return [channel for channel in ids for _ in range(features // len(ids))]
 
@@ -272,9 +214,9 @@ class _Follower:
             ids = self.linear(node, str(node.target), module, read[0])
         elif isinstance(module, ChannelSelect) and turned == [True] and module.axis == -1:
             ids = self.select(node, str(node.target), module, read[0])
-        elif (isinstance(module, ops.ELEMENTWISE_MODULES) or node.target in ops.ELEMENTWISE_FUNCTIONS) and turned == [True]:
+        elif turned == [True] and ops.is_elementwise(node, module):
             ids = read[0]
-        elif node.target in ops.ADDITIONS and turned == [True, True] and len(node.all_input_nodes) == 2:
+        elif module is None and node.target in ops.ADDITIONS and turned == [True, True] and len(node.all_input_nodes) == 2:
             ids = self.joined(node, read)
         else:
             return self.unknown(node, read)

@@ -1,10 +1,12 @@
 """What a cut would cost and save, by counting channels: no network is built, nothing is traced again."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from pipeline import measure
 from pipeline.channels import Channels
 from pipeline.surgery import Widths, widths
 
@@ -34,7 +36,12 @@ class Costs:
         known = {*channels.inputs, *channels.channelwise}
         others = [module for name, module in modules.items() if name not in known and not _inside(name, known)]
         self.constant = sum(parameter.numel() for module in others for parameter in module.parameters(recurse=False))
+        self.constant_macs = 0
         full = widths(channels, {})
+        if channels.untreated:  # layers that were not understood multiply too
+            meta = any(parameter.is_meta for parameter in model.parameters())
+            real = copy.deepcopy(model).to_empty(device="cpu") if meta else model
+            self.constant_macs = max(measure.count(real, channels.shape)["macs"] - self._count("macs", full), 0)
         self.whole = {kind: self._count(kind, full) for kind in ("keep", "macs", "params")}
 
     def macs(self, reads: Mapping[str, Tensor]) -> int:
@@ -57,7 +64,7 @@ class Costs:
         """`kind` of the layers of `found`."""
         if kind == "keep":
             return sum(outputs for _, outputs, _ in found.filtering.values())
-        total = 0 if kind == "macs" else self.constant
+        total = self.constant_macs if kind == "macs" else self.constant
         for name, (inputs, outputs, groups) in found.filtering.items():
             weights = inputs * outputs // groups * self.taps[name]
             total += weights * self.channels.pixels[name] if kind == "macs" else weights + self.biases[name] * outputs

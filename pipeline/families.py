@@ -69,7 +69,7 @@ class Families:
             return outputs.sum(-1)
         weights, own = inputs * outputs / self._groups * self._taps, self._own[0] + kept @ self._own[1]
         if kind == "macs":
-            return weights @ self._pixels + own @ self._own_macs
+            return self._constant_macs + weights @ self._pixels + own @ self._own_macs
         return self._constant + weights.sum(-1) + outputs @ self._biases + own @ self._own_parameters
 
     def shares(self, kept: np.ndarray) -> dict[str, float]:
@@ -98,7 +98,7 @@ class Families:
         self._taps = np.array([costs.taps[name] for name in names])
         self._pixels = np.array([channels.pixels[name] for name in names])
         self._biases = np.array([costs.biases[name] for name in names])
-        self._constant = costs.constant
+        self._constant, self._constant_macs = costs.constant, costs.constant_macs
         filters = [costs.taps.get(name, 0) for name in own]  # depthwise layers; batch norms have none
         self._own_macs = np.array([taps * channels.pixels.get(name, 0) for name, taps in zip(own, filters, strict=True)])
         self._own_parameters = np.array([costs.numbers[name] for name in own])

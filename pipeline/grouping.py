@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.channels import Channels
+from pipeline.channels import Channels, Ids
 from pipeline.errors import InputError
 from pipeline.families import Families
-from pipeline.layers import turn
+from pipeline.layers import edit, filtering_layers, turn
 from pipeline.surgery import cut_channelwise, keep
 
 NONE = -1  # the label of channels that are in no whole group: they go whichever is kept
@@ -53,8 +53,10 @@ def group_scores(
     groups: int,
     score: str,
     generator: torch.Generator | None = None,
+    naive: bool = False,
 ) -> list[float]:
-    """The score of each group: the sum over every tensor that the cut changes of the slice that the group would keep.
+    """The score of each group: the sum over every tensor that the cut changes of the slice that the group would keep (`naive`: as
+    `take_naively` has it).
 
     `sum` is signed and takes kernels, biases, batch-norm parameters and statistics, as the thesis; `abs` their absolute values;
     `weights_only` the signed kernels alone; `first` prefers group 0 and `random` draws.
@@ -65,15 +67,20 @@ def group_scores(
         return torch.rand(groups, generator=generator).tolist()
     modules: dict[str, Any] = dict(model.named_modules())
     sums = torch.zeros(groups, dtype=torch.float64)
-    marks = lambda ids: torch.tensor([label.get(channel, STAYS) for channel in ids])  # noqa: E731
+
+    def marks(ids: Ids, reads: bool) -> Tensor:
+        if naive and reads and all(_share_of(ids, label, group, groups) for group in range(groups)):
+            return torch.arange(len(ids)) * groups // len(ids)
+        return torch.tensor([label.get(channel, STAYS) for channel in ids])
+
     for name, module in modules.items():
         if name in channels.outputs:
-            made, read = marks(channels.outputs[name]), marks(channels.inputs[name])
+            made, read = marks(channels.outputs[name], False), marks(channels.inputs[name], name not in channels.groups)
             _add_slices(sums, _filters(module), (made, read), score)
             if module.bias is not None and score != "weights_only":
                 _add_slices(sums, module.bias, (made,), score)
         elif name in channels.channelwise:
-            own = marks(channels.channelwise[name])
+            own = marks(channels.channelwise[name], True)
             for tensor in ("weight", "bias", "running_mean", "running_var"):
                 counted = score != "weights_only" or (tensor == "weight" and isinstance(module, nn.Conv2d | nn.ConvTranspose2d))
                 if counted and getattr(module, tensor, None) is not None:
@@ -115,17 +122,21 @@ def windows(families: Families, kept: dict[str, tuple[int, int]]) -> dict[int, i
     return label
 
 
+def _share_of(ids: Ids, label: dict[int, int], group: int, groups: int) -> list[int]:
+    """Where in `ids` a group's channels are, if they are a 1/groups of them; none where nothing goes, or another share."""
+    positions = [i for i, channel in enumerate(ids) if label.get(channel, group) == group]
+    return positions if len(positions) * groups == len(ids) else []
+
+
 def take_naively(model: nn.Module, smaller: nn.Module, channels: Channels, label: dict[int, int], group: int, groups: int) -> None:
     """Give the layers of `smaller` behind a concatenation the kernels that contiguous slices of their inputs as a whole have, in
     place: the thesis's pseudo-code taken at its word. With two segments, group 0 then has the kernels of the first segment alone,
     though the layer reads half of each."""
     modules: dict[str, Any] = dict(model.named_modules())
     for name, ids in (*channels.inputs.items(), *channels.channelwise.items()):
-        positions = [i for i, channel in enumerate(ids) if label.get(channel, group) == group]
-        size = len(ids) // groups
-        if len(positions) != size or len(ids) % groups or name in channels.groups:
-            continue  # nothing goes here, or not a group's share
-        start = torch.arange(group * size, (group + 1) * size)
+        if name in channels.groups or not (positions := _share_of(ids, label, group, groups)):
+            continue
+        start = torch.arange(group * len(positions), (group + 1) * len(positions))
         if start.tolist() == positions:
             continue
         taken: Any = copy.deepcopy(modules[name])
@@ -135,3 +146,37 @@ def take_naively(model: nn.Module, smaller: nn.Module, channels: Channels, label
         else:
             cut_channelwise(taken, start)
         smaller.get_submodule(name).load_state_dict(taken.state_dict())
+
+
+def as_if_drawn_small(whole: nn.Module, smaller: nn.Module) -> None:
+    """Give the freshly drawn kernels of a cut network the spread that its own start would have had, in place.
+
+    Starts in use go with the root of a filter's inputs (torch's own, He's of fan in), with that of a channel's uses (He's of fan
+    out) or are constants: which one drew a layer is told by its spread. Biases go with the inputs.
+    """
+    full: dict[str, Any] = dict(filtering_layers(whole))
+    for name, layer in filtering_layers(smaller):
+        old = full[name.removesuffix(".layer")]
+        ratio = _start_ratio(old, layer)
+        if ratio != 1:
+            edit(layer, "weight", lambda kernels, ratio=ratio: kernels * ratio)
+        inputs = (_fans(old)[0] / _fans(layer)[0]) ** 0.5
+        if layer.bias is not None and inputs != 1:
+            edit(layer, "bias", lambda biases, inputs=inputs: biases * inputs)
+
+
+def _fans(layer: Any) -> tuple[int, int]:
+    """Numbers that a filter reads, and uses of an input channel."""
+    kernels = _filters(layer)
+    return kernels[0].numel(), kernels.shape[0] * kernels[0, 0].numel()
+
+
+def _start_ratio(old: Any, new: Any) -> float:
+    """By how much the spread of a start grows from one layer to the other."""
+    (fan_in, fan_out), (less_in, less_out) = _fans(old), _fans(new)
+    variance = float(old.weight.detach().double().var())
+    starts = {"out": 2 / fan_out, "in": 2 / fan_in, "torch": 1 / (3 * fan_in), "one": 1 / fan_in, "both": 2 / (fan_in + fan_out)}
+    grown = {"out": fan_out / less_out, "both": (fan_in + fan_out) / (less_in + less_out)}
+    kind = min(starts, key=lambda kind: abs(starts[kind] / variance - 1)) if variance else "constant"
+    near = variance and abs(starts[kind] / variance - 1) < 0.25  # of a few hundred numbers the variance is known to a tenth
+    return (grown.get(kind, fan_in / less_in) if near else 1.0) ** 0.5

@@ -5,7 +5,8 @@ parameter, or what a parametrisation (`torch.nn.utils.parametrize`) computes fro
 `layer.weight` works for both, so a method written on effective kernels serves expanded and plain networks alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+Reads = Mapping[str, Tensor]  # (I,) by a layer's name: the channels that it reads, as `pipeline.surgery.shrink` takes them
 FilteringLayer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 BESIDE = ("redirect", "select", "layer", "shuffle")  # a layer among the modules put before and behind it, in this order
 
@@ -83,25 +85,56 @@ def like(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad)
 
 
-def insert(model: nn.Module, name: str, key: str, module: nn.Module) -> None:
-    """Put `module` beside the layer `name`, as `key` of BESIDE; the layer becomes `name.layer`, or is it already."""
+@contextmanager
+def masked(model: nn.Module, reads: Reads) -> Iterator[None]:
+    """Within, every layer reads zeros in the channels that `reads` says it shall not read."""
+
+    def zero(mask: Tensor) -> Any:
+        def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            behind = 0 if isinstance(layer, nn.Linear) else inputs[0].ndim - 2  # axes behind the channels
+            return inputs[0].masked_fill(~mask.to(inputs[0].device).reshape(-1, *[1] * behind), 0.0)
+
+        return before
+
+    less = {name: mask for name, mask in reads.items() if not mask.all()}
+    handles = [model.get_submodule(name).register_forward_pre_hook(zero(mask)) for name, mask in less.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Beside(nn.Sequential):
+    """A layer, called `layer`, with what surgery puts before and behind it. What a forward pass may ask of the layer itself, the
+    wrapper answers."""
+
+    ASKED = ("kernel_size", "stride", "padding", "dilation", "in_channels", "out_channels", "in_features", "out_features")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._modules["layer"], name) if name in self.ASKED else super().__getattr__(name)
+
+
+def insert(model: nn.Module, name: str, key: str, module: nn.Module) -> bool:
+    """Put `module` beside the layer `name`, as `key` of BESIDE; the layer becomes `name.layer`, or is it already. Whether its name
+    changed."""
     parent, _, child = name.rpartition(".")
     owner: Any = model.get_submodule(parent)
-    if child == "layer" and {*owner._modules} <= {*BESIDE}:
-        parts = {**owner._modules, key: module}
-        name = parent
+    if isinstance(owner, Beside):
+        name, there = parent, owner
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
     else:
         there = owner.get_submodule(child)
-        wrapped = isinstance(there, nn.Sequential) and "layer" in there._modules and {*there._modules} <= {*BESIDE}
-        parts = {**there._modules, key: module} if wrapped else {"layer": there, key: module}
-    sequence = nn.Sequential()
+    wrapped = isinstance(there, Beside)
+    parts = {**there._modules, key: module} if wrapped else {"layer": there, key: module}
+    sequence = Beside()
     for part in BESIDE:
         if part in parts:
             sequence.add_module(part, parts[part])
     sequence.train(owner.training)
     setattr(owner, child, sequence)
+    return not wrapped
 
 
 def expanded(layer: nn.Module) -> bool:

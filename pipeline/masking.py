@@ -1,8 +1,7 @@
 """Networks without some of their channels, and what they score: nothing is rebuilt, readers see zeros."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,10 +11,9 @@ from torch.nn.utils import parametrize
 
 from pipeline.data.batches import Batches
 from pipeline.evaluation import reestimate_batchnorm
+from pipeline.layers import Reads, masked
 from pipeline.tasks import TASKS, Tally
 from pipeline.tracing import Tracer, tracing
-
-Reads = Mapping[str, Tensor]  # the channels that a layer reads, as `pipeline.surgery.shrink` takes them
 
 
 @torch.no_grad()
@@ -75,23 +73,3 @@ class _Rest:
         """Of the network, from where it stands."""
         fresh = {node: value.clone() if isinstance(value, Tensor) else value for node, value in self.values.items()}  # in-place ops
         return self.interpreter.run(self.images, initial_env=fresh)
-
-
-@contextmanager
-def masked(model: nn.Module, reads: Reads) -> Iterator[None]:
-    """Within, every layer reads zeros in the channels that `reads` says it shall not read."""
-
-    def zero(mask: Tensor) -> Any:
-        def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            behind = 0 if isinstance(layer, nn.Linear) else inputs[0].ndim - 2  # axes behind the channels
-            return inputs[0].masked_fill(~mask.to(inputs[0].device).reshape(-1, *[1] * behind), 0.0)
-
-        return before
-
-    less = {name: mask for name, mask in reads.items() if not mask.all()}
-    handles = [model.get_submodule(name).register_forward_pre_hook(zero(mask)) for name, mask in less.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

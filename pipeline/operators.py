@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 # Each element alone, whatever the axes mean.
 ELEMENTWISE_MODULES = (
@@ -55,21 +56,61 @@ def keeps_channels(node: fx.Node) -> bool:
     """A function of each channel alone, channels on axis 1."""
     if node.op == "call_function" and getattr(node.target, "__name__", "") in CHANNELWISE_NAMES:
         return True
-    return node.target in CHANNELWISE_FUNCTIONS or _slices_space(node) or _averages_space(node) or _pads_space(node)
+    if node.target in ELEMENTWISE_FUNCTIONS:
+        return True
+    spatial = node.target in CHANNELWISE_FUNCTIONS and len(shape(node.all_input_nodes[0]) or ()) == 4
+    return spatial or _slices_space(node) or _averages_space(node) or _pads_space(node)
+
+
+def argument(node: fx.Node, position: int, names: tuple[str, ...], default: Any = None) -> Any:
+    """An argument of a call, by its place or one of its names."""
+    named = [node.kwargs[name] for name in names if name in node.kwargs]
+    return named[0] if named else node.args[position] if position < len(node.args) else default
+
+
+def is_torchs_own(module: nn.Module) -> bool:
+    """Whether a module computes what its class in torch.nn (or here) does: neither a subclass with a forward pass of its own, as
+    weight-standardised convolutions, nor a layer with a foreign parametrisation, as weight norm."""
+    methods = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
+    own = all(method is None or method.__module__.startswith(("torch.nn.", "pipeline.")) for method in methods)
+    lists: Any = getattr(module, "parametrizations", {}).values() if parametrize.is_parametrized(module) else ()
+    return own and all(hasattr(computed[0], "keep") for computed in lists)
+
+
+def with_shared_parameters(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Modules of which another one has a parameter too."""
+    users: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
+    return {name for names in users.values() if len(names) > 1 for name in names}
+
+
+def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
+    """Each element alone, whatever the axes mean."""
+    if module is not None:
+        return isinstance(module, ELEMENTWISE_MODULES) and is_torchs_own(module)
+    return node.target in ELEMENTWISE_FUNCTIONS
+
+
+def across(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Normalises over channels."""
+    return type(modules[str(node.target)]) in ACROSS if node.op == "call_module" else node.target in ACROSS
 
 
 def joined_channels(node: fx.Node) -> list[fx.Node]:
     """The parts of torch.cat((a, b, ...), 1); none along another axis."""
-    parts: Any = node.args[0] if node.args else None
-    axis = node.kwargs.get("dim") or (*node.args, 0)[1]
-    return list(parts) if axis == 1 and isinstance(parts, list | tuple) else []
+    parts: Any = argument(node, 0, ("tensors",))
+    axis = argument(node, 1, ("dim", "axis"), 0)
+    there = len(shape(node) or ())
+    return list(parts) if axis in (1, 1 - there) and isinstance(parts, list | tuple) else []
 
 
 def flattens(node: fx.Node) -> bool:
     """torch.flatten(x, 1), or x.view(B, -1) and x.reshape(B, -1): (B, C, ...) -> (B, C * ...)."""
     if node.target in (torch.flatten, "flatten"):
-        start: Any = node.kwargs.get("start_dim", (*node.args, None)[1])
-        return bool(start == 1)
+        return bool(argument(node, 1, ("start_dim",), 0) == 1)
     if node.target not in ("view", "reshape", torch.reshape) or not node.all_input_nodes:
         return False
     sizes: Any = node.args[1:]
@@ -115,11 +156,11 @@ def _averages_space(node: fx.Node) -> bool:
     """x.mean((2, 3)): over pixels alone."""
     if node.target not in (torch.mean, "mean"):
         return False
-    axes = node.kwargs.get("dim", (*node.args, None)[1])
-    return axes in ((2, 3), [2, 3], (-2, -1), [-2, -1])
+    axes = argument(node, 1, ("dim", "axis"))
+    return axes in ((2, 3), [2, 3], (-2, -1), [-2, -1], (-1, -2), [-1, -2])
 
 
 def _pads_space(node: fx.Node) -> bool:
     """F.pad(x, (left, right, top, bottom)): rows and columns of zeros."""
-    padding: Any = node.kwargs.get("pad", (*node.args, None, None)[1])
+    padding: Any = argument(node, 1, ("pad",))
     return node.target is F.pad and isinstance(padding, list | tuple) and len(padding) <= 4 and len(shape(node) or ()) == 4

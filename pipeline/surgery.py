@@ -8,7 +8,6 @@ did not read them. Layers that are over-parameterised are cut in their own param
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +17,11 @@ from torch.nn.utils import parametrize
 
 from pipeline.channels import Channels, follow
 from pipeline.errors import InputError
-from pipeline.layers import ChannelSelect, FilteringLayer, insert, like, turn
+from pipeline.layers import Beside, ChannelSelect, FilteringLayer, Reads, insert, like, masked, turn
+from pipeline.tracing import tracing
 
 Shape = tuple[int, int, int]
+WRONG = 1e-2  # of the largest output: rounding in low precision is far below
 
 
 @dataclass
@@ -34,9 +35,7 @@ class Cut:
     real: dict[str, list[list[bool]]] = field(default_factory=dict)
 
 
-def shrink(
-    model: nn.Module, input_shape: Shape, reads: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None
-) -> nn.Module:
+def shrink(model: nn.Module, input_shape: Shape, reads: Reads, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """A smaller copy of `model`.
 
     `reads` has, for some filtering layers, a boolean tensor over the input channels (features of a linear layer) that the layer
@@ -48,9 +47,28 @@ def shrink(
     found = plan(channels, reads)
     smaller = copy.deepcopy(model)
     wrapped = _cut(smaller, channels, found)
+    _check(model, smaller, input_shape, reads)
     if optimizer is not None:
         _carry(optimizer, model, smaller, channels, found, wrapped)
     return smaller
+
+
+@torch.no_grad()
+def _check(model: nn.Module, smaller: nn.Module, input_shape: Shape, reads: Reads) -> None:
+    """One random image through both: a forward pass that uses widths by itself, as numbers, would go wrong in silence."""
+    parameter = next(model.parameters())
+    if parameter.is_meta:
+        return
+    x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+    masks = {name: mask.to(parameter.device) for name, mask in reads.items()}
+    with tracing(model), tracing(smaller), masked(model, masks):
+        wanted, found = model(x), smaller(x)
+    worst, largest = float((wanted - found).abs().max()), float(wanted.abs().max())
+    if worst > WRONG * largest:
+        raise InputError(
+            f"surgery: a cut {type(model).__name__} differs by {worst:.3g} (largest output {largest:.3g}) from the whole one "
+            "without the channels that went: its forward pass depends on widths in a way that cannot be followed"
+        )
 
 
 def drop(channels: Channels, dropped: set[int]) -> dict[str, Tensor]:
@@ -61,7 +79,7 @@ def drop(channels: Channels, dropped: set[int]) -> dict[str, Tensor]:
     return {name: torch.tensor([channel not in dropped for channel in ids]) for name, ids in channels.inputs.items()}
 
 
-def plan(channels: Channels, reads: Mapping[str, Tensor]) -> Cut:
+def plan(channels: Channels, reads: Reads) -> Cut:
     """What stays when the layers read what `reads` says."""
     wanted = {name: [True] * len(ids) for name, ids in channels.inputs.items()}
     for name, mask in reads.items():
@@ -90,7 +108,7 @@ class Widths:
     channelwise: dict[str, int]
 
 
-def widths(channels: Channels, reads: Mapping[str, Tensor]) -> Widths:
+def widths(channels: Channels, reads: Reads) -> Widths:
     """The widths of the network that `shrink` would make."""
     found = plan(channels, reads)
     filtering = {name: (sum(map(len, parts)), len(found.outputs[name]), len(parts)) for name, parts in found.columns.items()}
@@ -122,7 +140,7 @@ def _read(channels: Channels, found: Cut, name: str, wanted: list[bool]) -> None
 
 
 def _cut(model: nn.Module, channels: Channels, found: Cut) -> list[str]:
-    """Cut every layer of `model` in place; the names of those that got a module in front."""
+    """Cut every layer of `model` in place; the names of those that have become `layer` of their own name."""
     wrapped: list[str] = []
     modules: list[tuple[str, Any]] = list(model.named_modules())
     stays = lambda ids: torch.tensor([i for i, channel in enumerate(ids) if channel in found.alive], dtype=torch.long)  # noqa: E731
@@ -142,7 +160,7 @@ def _cut(model: nn.Module, channels: Channels, found: Cut) -> list[str]:
 
 
 def _cut_filtering(model: nn.Module, name: str, layer: Any, channels: Channels, found: Cut, there: Tensor) -> bool:
-    """Whether a select was put in front."""
+    """Whether the layer has another name since, because a select was put in front."""
     outputs, columns = torch.tensor(found.outputs[name]), torch.tensor(found.columns[name])  # (O,), (groups, I / groups)
     if name in channels.groups:
         _cut_grouped(name, layer, outputs, columns, torch.tensor(found.real[name]))
@@ -156,13 +174,12 @@ def _cut_filtering(model: nn.Module, name: str, layer: Any, channels: Channels, 
     if select is not None:
         select.index = select.index[narrowed]
         return False
-    insert(model, name, "select", ChannelSelect.before(layer, narrowed))
-    return True
+    return insert(model, name, "select", ChannelSelect.before(layer, narrowed))
 
 
 def _has_select(model: nn.Module, name: str) -> bool:
-    parent, _, child = name.rpartition(".")
-    return child == "layer" and "select" in model.get_submodule(parent)._modules
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, Beside) and "select" in owner._modules
 
 
 def keep(layer: FilteringLayer, outputs: Tensor, inputs: Tensor) -> None:

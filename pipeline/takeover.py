@@ -10,7 +10,9 @@ and what it loses is the energy of W_r (x_r - guess). Channels are ranked by rem
 least, given that all others took over what went before. This is optimal brain surgery (Hassibi and Stork 1993, "Second order
 derivatives for network pruning", equations 5 to 8) of a layer's own outputs, by whole channels, and the reconstruction step of He
 et al. 2017, "Channel pruning for accelerating very deep neural networks", in closed form. It extends the expected channel damage of
-selective convolution (pipeline/ecdm.py), which knows means alone. Padding is passed over, as there.
+selective convolution (pipeline/ecdm.py), which knows means alone. Padding is passed over, as there, and so is what a kernel's taps
+have in common: for kernels larger than 1x1 the loss told is that of pixels without a relation to their neighbours, and in smooth
+images the true one can be larger.
 """
 
 from collections.abc import Iterable, Sequence

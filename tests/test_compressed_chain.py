@@ -4,7 +4,8 @@ masks and depths, on learned groups, and behind a first training that redirected
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,15 @@ BLOCKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "segment": {method: (method, {}) for method in METHODS if method not in ("finetune", "lgc")},
     "depth": {method: (method, {}) for method in METHODS if method not in ("finetune", "lgc")},
     "groups": {"lgc": ("lgc", {})},
-    "redirected": {"takeover": ("takeover", {}), "l1": ("l1", {})},
+    "redirected": {"takeover": ("takeover", {"gamma": 0.02}), "l1": ("l1", {})},
 }
 BLOCKS["segment"]["diet"] = BLOCKS["depth"]["diet"] = ("diet", {"groups": None, **half()})
 if not INSTALLED:
     del BLOCKS["classify"]["torch_pruning"]
 CASES = [(chain, block) for chain, blocks in BLOCKS.items() for block in blocks]
-# The export of a U-Net takes its time: of methods that leave the same layers behind, one.
-NOT_EXPORTED = {(task, method) for task in ("segment", "depth") for method in METHODS if method not in ("diet", "takeover")}
+# An export takes seconds: of methods that leave the same kinds of layers, one a chain. test_tasks_chain.py has those of diets.
+EXPORTED = [*(("classify", block) for block in BLOCKS["classify"] if block != "dealloc")]
+EXPORTED += [("segment", "takeover"), ("depth", "takeover"), ("groups", "lgc"), ("redirected", "takeover")]
 
 
 def params_of(chain: str) -> dict[str, Any]:
@@ -80,14 +82,20 @@ def compress(method: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The chain up to `revive` in the working directory."""
-    with contextlib.chdir(tmp_path_factory.mktemp(request.param)):
-        write_parameters(Path(), params_of(request.param))
-        Path("data/start").mkdir(parents=True)
-        for words in (("check",), ("prepare",), ("coverage",), ("train", "0"), ("revive", "finetune", "0")):
-            assert call(*words) == 0, words
-        yield request.param
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """built(CHAIN): the folder in which it is there up to `revive`."""
+
+    @cache
+    def build(chain: str) -> Path:
+        folder = tmp_path_factory.mktemp(chain)
+        with contextlib.chdir(folder):
+            write_parameters(Path(), params_of(chain))
+            Path("data/start").mkdir(parents=True)
+            for words in (("check",), ("prepare",), ("coverage",), ("train", "0"), ("revive", "finetune", "0")):
+                assert call(*words) == 0, words
+        return folder
+
+    return build
 
 
 def record(stage: str, variant: str) -> dict[str, Any]:
@@ -113,56 +121,50 @@ def test_every_method_is_tested() -> None:
         assert {"diet", "takeover"} <= {method for method, _ in BLOCKS[task].values()}, task
 
 
-@pytest.mark.parametrize(("chain", "block"), CASES, indirect=["chain"])
-def test_the_chain_runs_from_data_to_a_proven_onnx_file(chain: str, block: str) -> None:
-    method, _ = BLOCKS[chain][block]
+@pytest.mark.parametrize(("chain", "block"), CASES)
+def test_the_chain_runs_from_data_to_a_proven_onnx_file(
+    chain: str, block: str, built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(built(chain))
+    method, changes = BLOCKS[chain][block]
     variant = f"finetune-{block}-0"
-    exported = (chain, method) not in NOT_EXPORTED
-    for stage in ("compress", "collapse", *(["export"] if exported else [])):
+    stages = ("compress", "collapse", *(["export"] if (chain, block) in EXPORTED else []))
+    for stage in stages:
         assert call(stage, "finetune", block, "0") == 0, stage
-    names = NAMES[chain if chain in NAMES else "classify"]
     kinds = [event["kind"] for event in record("compress", variant)["events"]]
     assert KINDS.get(method, method) in kinds, kinds
-    figures = [record(stage, variant)["metrics"] for stage in ("compress", "collapse")]
-    assert figures[1]["parameters"] < record("train", "0")["metrics"]["parameters"]
+    before, after = (record(stage, variant)["metrics"] for stage in ("compress", "collapse"))
+    names = NAMES[chain if chain in NAMES else "classify"]
     score = f"test_{names.headline}"
-    assert figures[0][score] == pytest.approx(figures[1][score], abs=1e-3)
-    if exported:
+    assert before[score] == pytest.approx(after[score], abs=1e-3)
+    assert after["parameters"] < record("train", "0")["metrics"]["parameters"]
+    if "export" in stages:
         metrics = record("export", variant)["metrics"]
-        assert metrics[score] == pytest.approx(metrics[f"torch_{score}"], abs=1e-4 if chain == "depth" else 0)
+        assert metrics[score] == pytest.approx(metrics[f"torch_{score}"], abs=1e-4)
         assert metrics[names.agreement] > 0.999 and metrics["max_abs_difference"] < 1e-4
+    if chain == "classify" and "target" in changes:
+        reached(model("collapse", variant), changes["target"])
+    elif chain == "redirected":
+        redirected_to_the_end(variant)
+    elif chain == "groups":
+        layers = [layer for layer in model("collapse", variant).modules() if isinstance(layer, nn.Conv2d)]
+        assert [layer.groups for layer in layers if layer.kernel_size == (1, 1)] == [COMPRESS["lgc"]["groups"]] * 3
 
 
-@pytest.mark.parametrize(
-    ("chain", "block"), [(c, b) for c, b in CASES if BLOCKS[c][b][1].get("target") and c == "classify"], indirect=["chain"]
-)
-def test_targets_are_reached_by_the_network_without_its_expansion(chain: str, block: str) -> None:
-    network = model("collapse", f"finetune-{block}-0")
-    whole = size(models.build("cifar_quick", input_shape=(1, 16, 16), classes=10))
-    target = BLOCKS[chain][block][1]["target"]
-    share = size(network)[target["of"]] / whole[target["of"]]
+def reached(network: nn.Module, target: dict[str, Any]) -> None:
+    """The target, of the plain network as it is in the end: the expansion counts on neither side."""
+    whole = models.build("cifar_quick", input_shape=(1, 16, 16), classes=10)
+    share = size(network)[target["of"]] / size(whole)[target["of"]]
     assert 0.98 * target["fraction"] <= share <= target["fraction"]
 
 
-@pytest.mark.parametrize("chain", ["redirected"], indirect=True)
-def test_redirected_channels_stay_so_to_the_end(chain: str) -> None:
-    moved = {}
-    for stage, variants in {
-        "train": ["0"],
-        "revive": ["finetune-0"],
-        "collapse": [f"finetune-{b}-0" for b in BLOCKS[chain]],
-    }.items():
-        for variant in variants:
-            found = [module for module in model(stage, variant).modules() if isinstance(module, Redirect)]
-            moved[variant] = sum(len(module.moved) for module in found)
+def redirected_to_the_end(variant: str) -> None:
+    """Slots that the first training redirected are there behind a revive method that edits kernels and one that cuts."""
+
+    def moved(stage: str, variant: str) -> int:
+        return sum(len(module.moved) for module in model(stage, variant).modules() if isinstance(module, Redirect))
+
     surgery = next(event for event in record("train", "0")["events"] if event["kind"] == "surgery")
-    assert moved["0"] == moved["finetune-0"] == sum(surgery["redirected"].values()) > 3
-    assert all(0 < moved[f"finetune-{block}-0"] <= moved["0"] for block in BLOCKS[chain])
+    assert moved("train", "0") == moved("revive", "finetune-0") == sum(surgery["redirected"].values()) > 3
     assert any(event["kind"] == "reactivation" for event in record("revive", "finetune-0")["events"])
-
-
-@pytest.mark.parametrize("chain", ["groups"], indirect=True)
-def test_learned_groups_are_groups_in_the_end(chain: str) -> None:
-    layers = {name: module for name, module in model("collapse", "finetune-lgc-0").named_modules() if isinstance(module, nn.Conv2d)}
-    pointwise = [layer for layer in layers.values() if layer.kernel_size == (1, 1)]
-    assert [layer.groups for layer in pointwise] == [COMPRESS["lgc"]["groups"]] * 3
+    assert 0 < moved("collapse", variant) <= moved("revive", "finetune-0")

@@ -28,9 +28,8 @@ from pipeline.config import CompressBlock, Target
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, reestimate_batchnorm
 from pipeline.families import Families
-from pipeline.grouping import full_width, group_channels, group_scores, take_naively, windows
+from pipeline.grouping import as_if_drawn_small, full_width, group_channels, group_scores, take_naively, windows
 from pipeline.latency_budget import fit_latency
-from pipeline.layers import edit, filtering_layers
 from pipeline.surgery import Shape, drop, shrink
 
 
@@ -84,7 +83,7 @@ def diet(
     count = max(label.values()) + 1
     if isinstance(select, int) and not 0 <= select < count:
         raise InputError(f"diet: select = {select}, but the {count} groups are counted from 0 to {count - 1}")
-    scores = group_scores(model, channels, label, count, score, generator)
+    scores = group_scores(model, channels, label, count, score, generator, concat == "naive")
     best = max if select == "max" else min
     chosen = select if isinstance(select, int) else best(range(count), key=lambda group: scores[group])
     cut = drawn if drawn is not None else model
@@ -92,17 +91,8 @@ def diet(
     if concat == "naive":
         take_naively(cut, smaller, channels, label, chosen, count)
     if drawn is not None:
-        _as_if_drawn_small(drawn, smaller)
+        as_if_drawn_small(drawn, smaller)
     return smaller, {"scores": scores, "group": chosen, "full_width": full_width(channels, label), **facts}
-
-
-def _as_if_drawn_small(whole: nn.Module, smaller: nn.Module) -> None:
-    """Kernels with the spread of the small network's own start: it goes with the root of the inputs of a filter."""
-    inputs = {name: layer.weight[0].numel() for name, layer in filtering_layers(whole)}
-    for name, layer in filtering_layers(smaller):
-        ratio = inputs[name] / layer.weight[0].numel()
-        if ratio != 1:
-            edit(layer, "weight", lambda kernels, ratio=ratio: kernels * ratio**0.5)
 
 
 def labelled(

@@ -239,7 +239,8 @@ class Selective(hooks.Hook):
 
     def finish(self, run: hooks.Run) -> None:
         done = sum(event["kind"] == "dealloc" for event in run.events)
-        if self.options.target and done < max(self.planned(run), 1):  # the training was too short, or ended before its time
+        short = done < max(self.planned(run), 1)  # the training was too short, or ended before its time
+        if short and self.options.target or not done and run.epoch:
             self.rewire(run, 1.0)
         model: Any = run.model
         reads = {name: model.get_submodule(name).gate.open > 0 for name in self.names}
