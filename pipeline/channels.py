@@ -38,6 +38,12 @@ def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
             ShapeProp(traced).propagate(example)
     channels = _Follower(traced).channels
     channels.shape = input_shape
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    called |= {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
+    for name, module in model.named_modules():
+        layer = isinstance(module, FilteringLayer | nn.modules.batchnorm._BatchNorm)
+        if layer and name not in called and not inside(name, called):
+            channels.untreated.append(f"{name} is not called in evaluation: what it reads is not known")
     return channels
 
 
@@ -66,13 +72,6 @@ class _Follower:
             ids = self.visit(node)
             if ids is not None:
                 self.ids[node] = ids
-        for name, module in self.modules.items():
-            if (
-                isinstance(module, (FilteringLayer, nn.modules.batchnorm._BatchNorm))
-                and name not in uses
-                and not inside(name, uses)
-            ):
-                self.channels.untreated.append(f"{name} is not called in evaluation: what it reads is not known")
         self.channels.settle()
 
     def visit(self, node: fx.Node) -> Ids | None:

@@ -1,4 +1,4 @@
-"""Networks that look like what surgery understands and are not: each is cut rightly, kept whole or refused, never wrong in silence."""
+"""Networks that look like what surgery understands and are not: each is cut rightly, kept or refused, never wrong in silence."""
 
 from typing import Any
 
