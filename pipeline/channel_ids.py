@@ -25,6 +25,7 @@ class Channels:
     norm_after: dict[str, str] = field(default_factory=dict)  # the batch norm that alone reads a convolution
     relu_source: dict[str, str] = field(default_factory=dict)  # the batch norm whose ReLU (averaged or not) a layer reads
     untreated: list[str] = field(default_factory=list)  # operators that were not understood
+    uncalled: list[str] = field(default_factory=list)  # layers that the network has and does not call in evaluation
     parents: Ids = field(default_factory=list)
 
     def fresh(self, count: int) -> Ids:

@@ -43,7 +43,7 @@ def follow(model: nn.Module, input_shape: tuple[int, int, int]) -> Channels:
     for name, module in model.named_modules():
         layer = isinstance(module, FilteringLayer | nn.modules.batchnorm._BatchNorm)
         if layer and name not in called and not inside(name, called):
-            channels.untreated.append(f"{name} is not called in evaluation: what it reads is not known")
+            channels.uncalled.append(f"{name} is not called in evaluation: what it reads is not known")
     return channels
 
 

@@ -28,7 +28,7 @@ class Row:
 @dataclass(frozen=True)
 class Coverage:
     """Of a network. `least`: the shares of its multiply-adds and parameters that are left when all that may goes; `untreated`: the
-    operators that were not understood."""
+    operators that were not understood, and layers that are not called."""
 
     rows: tuple[Row, ...]
     least: dict[str, float]
@@ -60,7 +60,7 @@ def coverage(model: nn.Module, input_shape: Shape, *, protect: Sequence[str] = (
         rows.append(Row(name, kind, len(made), free.get(name, 0), others, _why(channels, name, free.get(name, 0))))
     whole, least = families.sizes, families.sizes * 0 + [family.allowed[0] for family in families.all]
     shares = {kind: float(families.amounts(kind, least) / families.amounts(kind, whole)) for kind in ("macs", "params")}
-    return Coverage(tuple(rows), shares, tuple(channels.untreated))
+    return Coverage(tuple(rows), shares, (*channels.untreated, *channels.uncalled))
 
 
 def described(model: nn.Module, input_shape: Shape) -> tuple[list[str], list[dict[str, Any]]]:

@@ -124,7 +124,7 @@ def test_a_network_that_uses_its_widths_as_numbers_is_refused() -> None:
 def test_layers_that_are_not_called_are_named() -> None:
     model = Around(nn.Conv2d(8, 8, 1))
     model.extra = nn.Linear(8, 2)
-    assert follow(model, SHAPE).untreated == ["extra is not called in evaluation: what it reads is not known"]
+    assert follow(model, SHAPE).uncalled == ["extra is not called in evaluation: what it reads is not known"]
 
 
 @pytest.mark.parametrize("dim", [{"dim": 1}, {"dim": -3}, {"axis": 1}])
