@@ -42,7 +42,8 @@ def test_a_network_starts_as_it_was_and_merges_after_training(network: str, meth
     before, kinds = model(images).detach(), {name: type(module) for name, module in model.named_modules()}
     overparameterize(model, method, **EXACT[method])
     torch.testing.assert_close(model(images), before, rtol=1e-9, atol=1e-9 * float(before.abs().max()))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rate = 1e-5 if network == "rednet" else 0.01  # drawn involutions multiply: steps of the usual size diverge
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     model.train()
     for _ in range(2):
         optimizer.zero_grad()

@@ -127,7 +127,8 @@ def far(first: Tensor, second: Tensor) -> Tensor:
 
 def test_every_method_is_tested() -> None:
     assert set(REVIVE) == set(methods.names("revive")) and set(COMPRESS) == set(methods.names("compress"))
-    assert {name for name, *_ in ZOO.values()} == set(methods.names("models"))
+    dense = {"unet"}  # answers for every pixel: test_surgery_families.py and test_compressed_chain.py
+    assert {name for name, *_ in ZOO.values()} == set(methods.names("models")) - dense
 
 
 def facts(run: Run) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Surgery's law on networks that were not written for it, torchvision's; and the optimiser that goes through the cut."""
+"""Surgery's law on networks not written for it, torchvision's, and on our U-Net; and the optimiser that goes through the cut."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,13 +13,14 @@ from networks import build, difference, draw_reads, masked, plain, randomise, sh
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 
+from pipeline import models
 from pipeline.overparameterize import overparameterize
 from pipeline.surgery import shrink
 
 SHAPE = (3, 64, 64)
 CLOSE = 1e-5  # of the largest |output|: fp32 sums in another order; what is wrong differs by more than 1e-2
 BLOCKS = [CNBlockConfig(16, 24, 1), CNBlockConfig(24, 32, 1), CNBlockConfig(32, None, 1)]
-# torchvision's own classes, narrow where they let us.
+# torchvision's own classes, narrow where they let us, and U-Net.
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10),
     "resnext": lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10, groups=4, width_per_group=4),
@@ -29,6 +30,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "efficientnet": lambda: tv.efficientnet_b0(num_classes=10),
     "regnet": lambda: tv.regnet_y_400mf(num_classes=10),
     "convnext": lambda: tv.ConvNeXt(BLOCKS, num_classes=10),
+    "our unet": lambda: models.build("unet", input_shape=SHAPE, classes=1, width=4, up="transposed"),
+    "our bilinear unet": lambda: models.build("unet", input_shape=SHAPE, classes=1, width=4, up="bilinear"),
 }
 
 
