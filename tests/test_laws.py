@@ -3,7 +3,7 @@ expanded network is the edit of the merged one, merging changes no output, and e
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,15 @@ COMPRESS: dict[str, dict[str, Any]] = {
 # is installed, does not follow zero-padded shortcuts and more.
 REFUSED = re.compile("^(lgc|slimming|torch_pruning)(:| |$)")
 every_network = pytest.mark.parametrize("network", ZOO)
+SLOW = {"rednet": {"finetune", "reactivation", "diet", "selective"}}  # of the others, these methods are enough for it
+
+
+def pairs(methods: Iterable[str]) -> Any:
+    """Every network with every method."""
+    found = [(network, method) for network in ZOO for method in methods if network not in SLOW or method in SLOW[network]]
+    return pytest.mark.parametrize(("network", "method"), found)
+
+
 Pictures = Callable[[tuple[int, int, int]], Prepared]
 
 
@@ -145,8 +154,7 @@ def store_and_load(folder: Path, model: nn.Module, network: str, data: Prepared)
     return checkpoint.load(folder)[0]
 
 
-@pytest.mark.parametrize("method", COMPRESS)
-@every_network
+@pairs(COMPRESS)
 def test_compressing_and_collapsing_commute_and_load_back(network: str, method: str, pictures: Pictures, tmp_path: Path) -> None:
     shape, model = shape_of(network), build(network)
     data = pictures(shape)
@@ -173,8 +181,7 @@ def test_compressing_and_collapsing_commute_and_load_back(network: str, method: 
         assert difference(result, loaded, shape) == 0 and not loaded.training
 
 
-@pytest.mark.parametrize("method", REVIVE)
-@every_network
+@pairs(REVIVE)
 def test_an_edit_of_an_expanded_network_is_the_edit_of_the_merged_one(network: str, method: str, pictures: Pictures) -> None:
     model = build(network)
     data, before, exact = pictures(shape_of(network)), effective(model), dict(model.state_dict())
