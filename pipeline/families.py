@@ -44,10 +44,10 @@ class Families:
         whole = plan(channels, {})
         self.label = _labels(channels)
         found = _occurrences(channels, whole, self.label)
-        fixed = {self.label[channel] for channel in _fixed(channels, protect)}
+        stays = {self.label[channel] for channel in fixed(channels, protect)}
         grouped: dict[Signature, list[int]] = defaultdict(list)
         for unit, where in found.items():
-            if unit not in fixed and any(side == "made" for side, _, _ in where):
+            if unit not in stays and any(side == "made" for side, _, _ in where):
                 grouped[where].append(unit)
         order = {name: position for position, name in enumerate(channels.outputs)}
         self.all: list[Family] = []
@@ -121,7 +121,7 @@ def _labels(channels: Channels) -> dict[int, int]:
     return labels
 
 
-def _fixed(channels: Channels, protect: Sequence[str]) -> set[int]:
+def fixed(channels: Channels, protect: Sequence[str]) -> set[int]:
     """The channels that stay."""
     for pattern in protect:
         if not any(fnmatch(name, pattern) for name in channels.outputs):

@@ -5,7 +5,6 @@ no public code), algorithm 2 where it is complete.
 """
 
 import copy
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.channels import Channels, Ids
 from pipeline.errors import InputError
-from pipeline.families import Families
+from pipeline.families import Families, fixed
 from pipeline.layers import edit, filtering_layers, turn
 from pipeline.surgery import cut_channelwise, keep
 
@@ -28,13 +27,7 @@ def full_width(channels: Channels, label: dict[int, int]) -> list[str]:
 
 def group_channels(channels: Channels, groups: int, protect: tuple[str, ...] = ()) -> dict[int, int]:
     """The group of every channel that may go, by the id that stands for it."""
-    for pattern in protect:
-        if not any(fnmatch(name, pattern) for name in channels.outputs):
-            raise InputError(f"diet: protect = {pattern!r} matches no layer; layers are {', '.join(channels.outputs)}")
-    kept = set(channels.pins())
-    for name, ids in channels.outputs.items():
-        if any(fnmatch(name, pattern) for pattern in protect):
-            kept |= {*ids}
+    kept = fixed(channels, protect)
     label: dict[int, int] = {}
     for name, ids in channels.outputs.items():
         free = list(dict.fromkeys(channel for channel in ids if channel not in kept and channel not in label))
