@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from pipeline.data.batches import Batches
 from pipeline.errors import InputError
+from pipeline.hooks import Run
 from pipeline.tasks import TASKS, Score, Tally
 
 
@@ -69,3 +70,11 @@ def reestimate_batchnorm(model: nn.Module, batches: Batches, epoch: int, limit: 
         norm.momentum = momentum
     model.eval()
     return count
+
+
+def settle_batchnorm(run: Run) -> None:
+    """After surgery in a training: batch norms that fit the smaller network, and an event with the score before and after."""
+    before = evaluate(run.network, run.validation).accuracy
+    batches = reestimate_batchnorm(run.network, run.train, run.epoch)
+    after = evaluate(run.network, run.validation).accuracy
+    run.log("batchnorm", batches=batches, validation_accuracy_before=before, validation_accuracy_after=after)

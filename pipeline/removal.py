@@ -16,7 +16,7 @@ from pipeline.budget import Budget, Choice, FamilyCosts, Scores
 from pipeline.channels import Channels, follow
 from pipeline.config import CompressBlock, Target
 from pipeline.data.batches import Batches
-from pipeline.evaluation import evaluate, reestimate_batchnorm
+from pipeline.evaluation import settle_batchnorm
 from pipeline.families import Families
 from pipeline.latency_budget import fit_latency
 from pipeline.sensitivity import layer_costs
@@ -149,11 +149,8 @@ class Removal(hooks.Hook):
     def apply(self, run: hooks.Run, reads: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
         """Cut, estimate batch norms again, and log both; `reads` as it came."""
         run.model = shrink(run.model, run.input_shape, reads).to(run.device)
-        before = evaluate(run.model, run.validation).accuracy
-        batches = reestimate_batchnorm(run.model, run.train, run.epoch)
-        after = evaluate(run.model, run.validation).accuracy
         run.log(self.options.method, **facts)
-        run.log("batchnorm", batches=batches, validation_accuracy_before=before, validation_accuracy_after=after)
+        settle_batchnorm(run)
         return reads
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.channels import Channels
 from pipeline.ecdm import Refill, activity, ecdm
-from pipeline.layers import convolutions, edit, insert
+from pipeline.layers import Beside, convolutions, edit, insert
 from pipeline.redirect import Distribute
 from pipeline.surgery import cut_channelwise, keep
 from pipeline.tracing import Tracer, tracing
@@ -80,8 +80,8 @@ def _feeds_alone(graph: fx.Graph, norm: str, name: str) -> bool:
 
 def _redirected(model: nn.Module, norm: str) -> bool:
     """Whether a `Redirect` stands in front of the batch norm."""
-    parent, _, child = norm.rpartition(".")
-    return child == "layer" and "redirect" in model.get_submodule(parent)._modules
+    owner = model.get_submodule(norm.rpartition(".")[0])
+    return isinstance(owner, Beside) and "redirect" in owner._modules
 
 
 def gate(model: nn.Module, units: Iterable[Unit], redirectable: Container[str]) -> None:

@@ -26,7 +26,7 @@ from pipeline.budget import Budget
 from pipeline.channels import Channels, follow
 from pipeline.config import CompressBlock, Target
 from pipeline.errors import InputError
-from pipeline.evaluation import evaluate, reestimate_batchnorm
+from pipeline.evaluation import settle_batchnorm
 from pipeline.families import Families
 from pipeline.grouping import as_if_drawn_small, full_width, group_channels, group_scores, take_naively, windows
 from pipeline.latency_budget import fit_latency
@@ -148,11 +148,8 @@ class Diet(hooks.Hook):
             drawn=run.redrawn() if options.weights == "random" else None,
         )
         run.model.to(run.device)
-        before = evaluate(run.model, run.validation).accuracy
-        batches = reestimate_batchnorm(run.model, run.train, run.epoch)
-        after = evaluate(run.model, run.validation).accuracy
         run.log("diet", **facts)
-        run.log("batchnorm", batches=batches, validation_accuracy_before=before, validation_accuracy_after=after)
+        settle_batchnorm(run)
 
 
 def create(options: Options) -> hooks.Hook:

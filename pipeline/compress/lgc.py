@@ -26,7 +26,7 @@ from pipeline import hooks
 from pipeline.channels import follow
 from pipeline.config import CompressBlock
 from pipeline.errors import InputError
-from pipeline.evaluation import evaluate, reestimate_batchnorm
+from pipeline.evaluation import settle_batchnorm
 from pipeline.layers import ChannelSelect, convolutions, expanded, filtering_layers, insert
 from pipeline.surgery import keep
 
@@ -181,10 +181,7 @@ class LearnedGroups(hooks.Hook):
         linear = {name: narrow(run.network, name, self.options.linear) for name in self.linear if self.options.linear < 1}
         run.log("surgery", groups=dict.fromkeys(self.names, self.options.groups), inputs=linear)
         if late:
-            before = evaluate(run.network, run.validation).accuracy
-            batches = reestimate_batchnorm(run.network, run.train, run.epoch)
-            after = evaluate(run.network, run.validation).accuracy
-            run.log("batchnorm", batches=batches, validation_accuracy_before=before, validation_accuracy_after=after)
+            settle_batchnorm(run)
 
     def state(self) -> dict[str, Any]:
         return {"steps": self.steps, "stage": self.stage}

@@ -33,7 +33,7 @@ from pipeline.channels import follow
 from pipeline.config import CompressBlock, Target
 from pipeline.ecdm import deallocate, rank, reallocate
 from pipeline.errors import InputError
-from pipeline.evaluation import evaluate, reestimate_batchnorm
+from pipeline.evaluation import settle_batchnorm
 from pipeline.selection import Unit, activities, bare, close, compensate, damage, gate, measured_means, reopen, settle, units
 from pipeline.surgery import Shape, shrink
 
@@ -250,10 +250,7 @@ class Selective(hooks.Hook):
         run.log("surgery", removed=removed, **({"redirected": redirected} if redirected else {}))
         if any(removed.values()):
             run.model = shrink(model, run.input_shape, {name: reads[name] for name in removed})
-            before = evaluate(run.model, run.validation).accuracy
-            batches = reestimate_batchnorm(run.model, run.train, run.epoch)
-            after = evaluate(run.model, run.validation).accuracy
-            run.log("batchnorm", batches=batches, validation_accuracy_before=before, validation_accuracy_after=after)
+            settle_batchnorm(run)
 
 
 def create(options: Options) -> hooks.Hook:

@@ -26,7 +26,7 @@ from pipeline.channels import Channels, follow
 from pipeline.config import CompressBlock, Target
 from pipeline.ecdm import prefix
 from pipeline.errors import InputError
-from pipeline.evaluation import evaluate, reestimate_batchnorm
+from pipeline.evaluation import settle_batchnorm
 from pipeline.selection import Unit, give_back, units
 from pipeline.surgery import Shape, shrink
 from pipeline.takeover import Moments, moments
@@ -145,13 +145,10 @@ class Takeover(hooks.Hook):
             multiple=options.multiple,
         )
         run.model.to(run.device)
-        before = evaluate(run.model, run.validation).accuracy
-        batches = reestimate_batchnorm(run.model, run.train, run.epoch)
-        after = evaluate(run.model, run.validation).accuracy
         removed, lost = facts.pop("removed"), facts.pop("lost")
         rows = [{"name": name, "open": count - removed.get(name, 0), "inputs": count} for name, count in inputs.items()]
         run.log("takeover", layers=rows, open=sum(row["open"] for row in rows), lost=max(lost.values(), default=0.0), **facts)
-        run.log("batchnorm", batches=batches, validation_accuracy_before=before, validation_accuracy_after=after)
+        settle_batchnorm(run)
 
 
 def create(options: Options) -> hooks.Hook:
