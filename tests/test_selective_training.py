@@ -192,7 +192,7 @@ def test_the_deployed_network_is_the_trained_one(name: str, expand: bool, tiny: 
     prune_too = name != "resnext"
     chosen = realloc() if prune_too else realloc(max_pointers=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.compress.selective.reestimate_batchnorm", lambda *_: 0)
+        patch.setattr("pipeline.compress.selective.settle_batchnorm", lambda _: None)
         before, result, run = trained(tiny, name, expand, chosen)
     surgery = next(event for event in run.events if event["kind"] == "surgery")
     redirected = [count for count in surgery["redirected"].values() if count]
