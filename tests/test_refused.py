@@ -86,7 +86,7 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
         (
             "protected unknown",
             do.put("compress.diet.protect", ["conv9"]),
-            "compress.diet: diet: protect = 'conv9' matches no",
+            "compress.diet: protect = 'conv9' matches no",
         ),
         ("all protected", do.put("compress.diet.protect", ["*"]), "compress.diet: diet: every channel of the network is protected"),
         (
