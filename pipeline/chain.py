@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import checkpoint, methods
+from pipeline import checkpoint, distributed, methods
 from pipeline.config import Augment, Fit, Runtime, lookup, parse
 from pipeline.data.batches import Batches, Prepared, SplitName, load
 from pipeline.errors import InputError
@@ -78,6 +78,7 @@ def train_stage(
     trained = train(run, [*expansion_hooks(card), *hooks], resume)
     finish(where, record, run, trained, card, out)
     resume.clear()
+    distributed.wait()
 
 
 def expansion_hooks(card: dict[str, Any]) -> list[Hook]:
@@ -102,7 +103,8 @@ def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dic
     record.metrics["epochs"] = run.epoch
     record.history, record.events = run.history, run.events
     record.notes += run.notes
-    write(record, model, card, out)
+    if distributed.rank() == 0:
+        write(record, model, card, out)
 
 
 def _refuse_infinite(model: nn.Module, loss: float, run: Run) -> None:

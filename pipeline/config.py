@@ -99,7 +99,9 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     threads: int = Field(ge=1)  # CPU threads; results repeat bit for bit only at the same number
-    workers: int = Field(ge=0)  # processes that decode streamed images
+    workers: int = Field(ge=0)  # processes that decode streamed images, for each that trains
+    processes: int = Field(ge=1)  # that train together on each host, on CUDA each on its own device
+    hosts: int = Field(ge=1)  # machines that train together
 
 
 class Steps(Section):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from pipeline import distributed
 from pipeline.data.batches import Batches
 from pipeline.errors import InputError
 from pipeline.hooks import Run
@@ -41,8 +42,9 @@ def evaluate(model: nn.Module, batches: Batches) -> Score:
     model.eval()
     tally = Tally(TASKS[batches.prepared.task])
     with parametrize.cached():
-        for images, targets in batches.epoch(0):
+        for images, targets in batches.epoch(0, distributed.part):
             tally.add(model(images), targets)
+    tally.total = distributed.total(tally.total)
     return tally.score()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline import latency
+from pipeline import distributed, latency
 from pipeline.budget import TOLERANCE, Budget, Choice
 from pipeline.errors import InputError
 from pipeline.expansion import collapse
@@ -98,4 +98,4 @@ def timer_of(whole: nn.Module, input_shape: Shape, folder: Path) -> Timer:
         speed = latency.compare(path, control, "cpu", 1, **TIMING)["speedup"]
         return 1 / speed["ratio"], 1 / speed["ci_high"], 1 / speed["ci_low"]
 
-    return measure
+    return lambda candidate: distributed.of_first(lambda: measure(candidate))

@@ -5,20 +5,22 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline import distributed
 from pipeline.hooks import Run
 
 
 class Progress:
-    """Loss, headline score, images a second and time left of `run`, on standard output."""
+    """Loss, headline score, images a second and time left of `run`, on standard output; of the first process alone."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.terminal = sys.stdout.isatty()
+        self.first = distributed.rank() == 0
+        self.terminal = sys.stdout.isatty() and self.first
 
     def __enter__(self) -> Self:
         self.started = self.epoch_started = time.monotonic()
         self.epochs_before = self.run.epoch
-        if self.epochs_before:
+        if self.epochs_before and self.first:
             print(f"{self.run.stage}: goes on after epoch {self.epochs_before} of {self.run.epochs}", flush=True)
         return self
 
@@ -41,7 +43,7 @@ class Progress:
         )
         if self.terminal:
             self._rewrite(text)
-        else:
+        elif self.first:
             print(text, flush=True)
         self.epoch_started = time.monotonic()
 

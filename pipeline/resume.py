@@ -13,9 +13,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from pipeline import files
+from pipeline import distributed, files
 from pipeline.hooks import Hook, Run
 
 POSITION = ("rounds", "round", "round_epoch", "epoch", "lr", "history", "events", "notes", "best_accuracy")
@@ -49,16 +49,18 @@ class Resume:
             # A momentum that SGD has not set yet is None.
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         rest = {name: getattr(run, name) for name in POSITION} | {"hooks": [hook.state() for hook in hooks]}
+        if distributed.rank():
+            return
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         files.write_bytes(self.path, safetensors.torch.save(stored, metadata={"run": json.dumps(rest)}))
 
     def load(self, run: Run, hooks: Sequence[Hook]) -> bool:
         """Take up the state of a killed run, but for its optimiser; False where there is none (or a damaged one)."""
         try:
-            with safe_open(self.path, framework="pt") as file:
-                rest = json.loads((file.metadata() or {})["run"])
-            self._tensors = safetensors.torch.load_file(self.path)
-        except (FileNotFoundError, SafetensorError, KeyError, json.JSONDecodeError):
+            content = distributed.of_first(lambda: self.path.read_bytes() if self.path.is_file() else b"")
+            self._tensors = safetensors.torch.load(content)
+            rest = json.loads(_metadata(content)["run"])
+        except (SafetensorError, KeyError, ValueError):
             return False
         for name in POSITION:
             setattr(run, name, rest[name])
@@ -85,8 +87,16 @@ class Resume:
 
     def clear(self) -> None:
         """Remove every kept state of this name: its training has ended."""
+        if distributed.rank():
+            return
         for path in self.folder.glob(f"{self.name}-{'[0-9a-f]' * 16}.safetensors"):
             path.unlink(missing_ok=True)
 
     def _part(self, prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, which the library reads from paths alone: a JSON header behind its length."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length])["__metadata__"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pipeline import distributed
 from pipeline.config import Fit, Steps
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
@@ -28,11 +29,13 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.M
     the CPU with the same number of threads, bit for bit as an undisturbed one. `InputError` when the loss diverges.
     """
     check_options(run.task, run.stage, run.fit)
+    distributed.share_of(min(run.fit.batch_size, run.train.count), f"{run.stage}.fit.batch_size")
     torch.manual_seed(stable_seed(run.seed, run.stage, "prepare"))
     for hook in hooks:
         run.notes += hook.coverage(run.model, run.input_shape)
         hook.prepare(run)
     _place(run)
+    distributed.agree(run.model)
     run.rounds = _rounds(run.fit.epochs, hooks)
     if resume and resume.load(run, hooks):
         run.optimizer = _optimizer(run, hooks)
@@ -44,6 +47,7 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.M
         run.model.load_state_dict(run.best)
     for hook in hooks:
         hook.finish(run)
+    distributed.agree(run.model)
     return run.model.eval()
 
 
@@ -53,12 +57,14 @@ def _train_rounds(run: Run, hooks: Sequence[Hook], resume: Resume | None, progre
         if run.round_epoch == 0:
             if not all([hook.begin_round(run) for hook in hooks]):
                 return
+            distributed.agree(run.model)
             run.optimizer = _optimizer(run, hooks)
         while run.round_epoch < run.rounds[run.round - 1]:
             _train_epoch(run, hooks, progress)
             final = (run.round, run.round_epoch) == (len(run.rounds), run.rounds[-1])
             if not final and any([hook.after_epoch(run) for hook in hooks]):
                 run.round_epoch = run.rounds[run.round - 1]
+            distributed.agree(run.model)
             if resume:
                 resume.save(run, hooks)
         run.round += 1
@@ -67,11 +73,37 @@ def _train_rounds(run: Run, hooks: Sequence[Hook], resume: Resume | None, progre
 
 def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
     """One pass over the training images and one over the validation images; a row of history."""
-    torch.manual_seed(stable_seed(run.seed, run.stage, "epoch", run.epoch))
+    own = [distributed.rank()] if distributed.rank() else []  # dropout differs between the parts of a batch
+    torch.manual_seed(stable_seed(run.seed, run.stage, "epoch", run.epoch, *own))
     run.model.train()
+    with distributed.synchronised(run.model, run.device):
+        sums = _train_steps(run, hooks, progress)
+    distributed.average_statistics(run.model)
+    run.round_epoch += 1
+    run.epoch += 1
+    images_per_s = progress.images_per_s()
+    score = evaluate(run.model, run.validation)
+    row = {
+        "epoch": run.epoch,
+        "round": run.round,
+        "lr": run.lr,
+        "train_loss": sums["loss"] / (len(run.train) * distributed.count()),
+    }
+    headline = run.task.names.headline
+    row |= {f"train_{headline}": share(sums["hits"], sums["of"])}
+    row |= {"validation_loss": score.loss, f"validation_{headline}": score.accuracy, "images_per_s": images_per_s}
+    run.history.append(row | strength(run.network))
+    if run.fit.select == "best" and score.accuracy > run.best_accuracy:
+        run.best_accuracy = score.accuracy
+        run.best = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    progress.epoch(row)
+
+
+def _train_steps(run: Run, hooks: Sequence[Hook], progress: Progress) -> dict[str, float]:
+    """The steps of an epoch; sums over them, and over the processes, of the loss and of what the headline score is made of."""
     loss_sum, all_sum = torch.zeros((2,), device=run.device)
     counts = torch.zeros((2,), dtype=torch.int64, device=run.device)
-    for step, (images, labels) in enumerate(run.train.epoch(run.epoch)):
+    for step, (images, labels) in enumerate(run.train.epoch(run.epoch, distributed.part)):
         _set_learning_rate(run, step)
         loss, everything, logits = _step(run, hooks, images, labels)
         loss_sum += loss
@@ -79,21 +111,9 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
         for total, count in zip(counts, run.task.hits(logits, labels), strict=True):
             total += count
         if step % CHECK_EVERY == 0 or step + 1 == len(run.train):
-            _refuse_divergence(run, float(all_sum))
+            _refuse_divergence(run, distributed.total({"loss": float(all_sum)})["loss"])
             progress.step(step, float(loss_sum) / (step + 1))
-    run.round_epoch += 1
-    run.epoch += 1
-    images_per_s = progress.images_per_s()
-    score = evaluate(run.model, run.validation)
-    row = {"epoch": run.epoch, "round": run.round, "lr": run.lr, "train_loss": float(loss_sum) / len(run.train)}
-    headline = run.task.names.headline
-    row |= {f"train_{headline}": share(*counts.tolist())}
-    row |= {"validation_loss": score.loss, f"validation_{headline}": score.accuracy, "images_per_s": images_per_s}
-    run.history.append(row | strength(run.network))
-    if run.fit.select == "best" and score.accuracy > run.best_accuracy:
-        run.best_accuracy = score.accuracy
-        run.best = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    progress.epoch(row)
+    return distributed.total({"loss": float(loss_sum), "hits": float(counts[0]), "of": float(counts[1])})
 
 
 def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +128,7 @@ def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tu
         run.optimizer.zero_grad(set_to_none=True)
         everything = sum(penalties, loss)
         everything.backward()
+    distributed.average_gradients(run.model)
     run.optimizer.step()
     for hook in hooks:
         hook.after_step(run)

@@ -3,12 +3,15 @@
 from pipeline import chain, checkpoint, methods
 from pipeline.compression import compress_hooks
 from pipeline.config import lookup, read_params
+from pipeline.distributed import spread
 from pipeline.records import Record
 from stages import PREPARED, RESUME, folder, run
 
 
 def main(revive: str, compress: str, seed: str) -> None:
     """Compress and train on as the block `compress.COMPRESS` says."""
+    if spread("compress", revive, compress, seed):
+        return
     params = read_params()
     where, used = chain.setting(params, PREPARED, RESUME)
     key = f"compress.{compress}"

@@ -2,12 +2,15 @@
 
 from pipeline import chain, checkpoint, methods
 from pipeline.config import lookup, read_params
+from pipeline.distributed import spread
 from pipeline.records import Record
 from stages import PREPARED, RESUME, folder, run
 
 
 def main(revive: str, seed: str) -> None:
     """Train on as the block `revive.REVIVE` says."""
+    if spread("revive", revive, seed):
+        return
     params = read_params()
     where, used = chain.setting(params, PREPARED, RESUME)
     key = f"revive.{revive}"

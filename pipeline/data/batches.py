@@ -6,7 +6,7 @@ run that continues at epoch n sees what an undisturbed run sees.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -135,9 +135,10 @@ class Batches:
         whole, rest = divmod(self.count, self.batch_size)
         return whole + (rest > 0 and not (self.shuffle and whole > 0))
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, part: Callable[[int], slice] = slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Epoch `number`: float32 images (B, C, h, w), normalised, and int64 labels (B,), or float32 masks of 0 and 1 or depths in
-        metres (B, h, w), as `prepared.task` says; all on the device."""
+        metres (B, h, w), as `prepared.task` says; all on the device. Of each batch only the `part` of its length; a batch of which
+        that is nothing is left out."""
         draw = torch.Generator()
         draw.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{number}".encode()).digest()[:8], "big"))
         order = torch.randperm(self.count, generator=draw) if self.shuffle else torch.arange(self.count)
@@ -148,23 +149,26 @@ class Batches:
         if self._boxes is not None:
             places = views.draw_boxes(self.images, self.prepared.stored[1:], self._boxes, draw)
         places, flips = places.to(self.device).split(self.batch_size, 1), flips.to(self.device).split(self.batch_size)
-        streamed = self._targets is not None and self._targets.pool is None
-        indices = (order if streamed else order.to(self.device)).split(self.batch_size)
-        batches = zip(self._pools(order), indices, places, flips, strict=True)
-        for (pixels, picks), numbers, place, flip in batches:
-            yield self._view(pixels, picks, numbers, place, flip if self.augment and self.augment.flip else None)
+        streamed = self._pixels is None and (self._targets is None or self._targets.pool is None)
+        batches = (order if streamed else order.to(self.device)).split(self.batch_size)
+        parts = [part(len(numbers)) for numbers in batches]
+        kept = [index for index, numbers in enumerate(batches) if len(numbers[parts[index]])]
+        picks = [batches[index][parts[index]] for index in kept]
+        for index, numbers, (pixels, chosen) in zip(kept, picks, self._pools(picks), strict=True):
+            own = parts[index]
+            flip = flips[index][own] if self.augment and self.augment.flip else None
+            yield self._view(pixels, chosen, numbers, places[index][:, own], flip)
 
-    def _pools(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each batch of `order` padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant.
+    def _pools(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each of `batches`, numbers of images, padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant.
 
         Images that are resampled come as (N, H, W, C): they are padded afterwards.
         """
         if self._pixels is not None:
-            for picks in order.to(self.device).split(self.batch_size):
-                yield self._pixels, picks
+            yield from ((self._pixels, picks) for picks in batches)
             return
-        batches = [picks.tolist() for picks in order.split(self.batch_size)]
-        for pixels in stream.read(self._files, batches, self.workers, pin=self.device.type == "cuda"):
+        numbers = [picks.tolist() for picks in batches]
+        for pixels in stream.read(self._files, numbers, self.workers, pin=self.device.type == "cuda"):
             pixels = pixels.to(self.device, non_blocking=True)
             pixels = pixels if self._resampled else views.pad(pixels, self.augment)
             yield pixels, torch.arange(len(pixels), device=self.device)
@@ -184,7 +188,7 @@ class Batches:
         # whole rows of w * C numbers: a last dimension of C = 3 would be ten times slower on a CPU
         images = rows.float().mul_(self._scale).add_(self._shift)
         images = images.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
-        return images, self._labels[numbers] if targets is None else targets
+        return images, self._labels[numbers.to(self.device)] if targets is None else targets
 
     def _weights(self, places: Tensor, flips: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of a box of each image, or a window of the prepared crop: weights of rows (B, h, H) and columns (B, w, W)."""
