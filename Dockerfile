@@ -13,7 +13,7 @@ RUN uv venv --python 3.11 .venv && uv pip sync --no-cache --compile-bytecode req
 ENV PATH=/home/winnow/chain/.venv/bin:$PATH PYTHONUNBUFFERED=1
 
 COPY --chown=winnow . .
-# The image holds no git repository and no data. The outputs folder exists so that a volume mounted there belongs to the user.
-RUN dvc config --local core.no_scm true && mkdir -p outputs data/start
+# The image holds no git repository and no data. These folders exist so that volumes mounted there belong to the user.
+RUN dvc config --local core.no_scm true && mkdir -p outputs repository data/raw data/start .dvc/cache
 
 CMD ["dvc", "repro"]

@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: all test gpu ui track table lock clean
+.PHONY: all test gpu ui serve ask track repository table lock clean
 
 all: .venv/installed
 	python -m stages.check
@@ -23,7 +23,7 @@ test: .venv/installed
 	ruff check .
 	basedpyright
 	hadolint Dockerfile
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive pytest --numprocesses 2 --dist loadfile
 
 gpu: .venv/installed
 	pytest -m gpu
@@ -45,6 +45,15 @@ gpu: .venv/installed
 ui: .venv/installed
 	python -m stages.ui
 
+serve: .venv/installed
+	python -m stages.serve
+
+ask: .venv/installed
+	@python -m stages.ask "$(PICTURE)"
+
+repository: .venv/installed
+	dvc repro --single-item --force repository
+
 track: .venv/installed
 	dvc repro --single-item --force track
 
@@ -55,5 +64,5 @@ lock:
 	uv pip compile --quiet --universal --python-version 3.11 --group pyproject.toml:dev --no-annotate --no-header --no-emit-index-url --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf outputs .venv mlflow.db* .mlflow.db* mlartifacts
+	rm -rf outputs repository .repository.* .venv .triton mlflow.db* .mlflow.db* mlartifacts
 	rm -rf .dvc/cache .dvc/tmp

@@ -25,6 +25,7 @@ from pipeline.expansion import plain_class
 from pipeline.structure import restructure, structure
 
 FORMAT = 1
+MOST = 2**16  # of anything that a network is built of: more would only keep the machine busy
 
 
 class Built(Section):
@@ -110,6 +111,8 @@ def load(folder: Path, data: Prepared | None = None) -> tuple[nn.Module, dict[st
     card = read_card(folder)
     if data and data.fingerprint != card["data"]:
         raise InputError(f"{folder / 'model.json'} was made from other data than {data.folder} holds: run `dvc repro`")
+    if (number := _largest([card["network"]["arguments"], card["expansion"], card["channels"]])) > MOST:
+        raise _damaged(folder / "model.json", f"{number} is more than any network is built of")
     path = folder / "model.safetensors"
     state = _read_weights(path, card["weights_sha256"])
     try:
@@ -165,6 +168,13 @@ def layer_table(model: nn.Module, card: dict[str, Any]) -> list[dict[str, Any]]:
         kind = plain_class(model.get_submodule(name)).__name__
         table.append({"name": plain, "type": kind, **widths, "groups": groups})
     return table
+
+
+def _largest(value: Any) -> float:
+    """The largest number in a value of JSON."""
+    if isinstance(value, dict | list):
+        return max((_largest(item) for item in (value.values() if isinstance(value, dict) else value)), default=0)
+    return value if isinstance(value, int | float) else 0
 
 
 def _read_weights(path: Path, expected_sha256: str) -> dict[str, torch.Tensor]:

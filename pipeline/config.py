@@ -64,7 +64,7 @@ class Data(Section):
         "scenes_depth", "nyu_v2",
     ]  # fmt: skip
     root: str  # folder (or, for cifar10 and cifar100, also an .npz file) that holds the raw data
-    download: bool  # let torchvision fetch what is missing
+    download: bool  # fetch what is missing
     image_size: int | None = Field(ge=1, le=16384)  # resize to a square of so many pixels; null keeps the size
     crop: Crop | None  # what networks see of the images, which are stored at their own size or image_size; null: all
     storage: Literal["auto", "memory", "stream"]
@@ -188,34 +188,6 @@ class Variants(Section):
 
     revive: list[str] = Field(min_length=1)
     compress: list[str] = Field(min_length=1)
-
-
-class Export(Section):
-    """How the ONNX file is written and proven."""
-
-    opset: Literal[18, 20]
-    atol: float = Field(gt=0)  # largest |ONNX - torch| allowed on logits: atol + rtol * |torch|
-    rtol: float = Field(ge=0)
-
-
-class Profile(Section):
-    """What is timed."""
-
-    control: str  # the variant, REVIVE-COMPRESS, against which every speed-up is measured
-    providers: list[Literal["cuda", "cpu"]] = Field(min_length=1)
-    threads: int = Field(ge=1)  # of ONNX Runtime on the CPU
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    warmup_s: float = Field(gt=0)
-    repeats: int = Field(ge=20)  # timed calls of each model in one measurement
-    stability: float = Field(gt=0)  # repeat while the median's interval is wider than this share of it
-    attempts: int = Field(ge=1)  # measurements at most before it is reported as unstable
-
-
-class Tracking(Section):
-    """Where MLflow keeps the runs when MLFLOW_TRACKING_URI does not say otherwise."""
-
-    experiment: str = Field(min_length=1)
-    timeout_s: int = Field(ge=1)  # how long one request to a tracking server may take
 
 
 def read_params(path: Path = PARAMS) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: in
         )
     assert program is not None
     proto = program.model_proto
-    _strip(proto)
+    strip(proto)
     onnx.helper.set_model_props(proto, _metadata(card))
     found = {entry.domain: entry.version for entry in proto.opset_import}
     if found != {"": opset}:
@@ -97,7 +97,7 @@ def verify(
     session = open_session(path, "cpu", threads)
     model = copy.deepcopy(model).cpu().float().eval()
     first: list[np.ndarray] = []
-    proof = _Proof(task, atol, rtol)
+    proof = Proof(task, atol, rtol)
     for images, targets in batches:
         pixels, targets = np.ascontiguousarray(images.detach().cpu().float().numpy()), targets.detach().cpu()
         theirs, ours = _answers(model, session, path, pixels)
@@ -146,8 +146,8 @@ def export_proven(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What an exported file says of itself: "format", "network", "task", "classes", "mean", "std", "shape", "lineage",
-    "producer".
+    """What an exported file says of itself: "format", "network", "task", "precision", "classes", "mean", "std", "shape", "crop",
+    "lineage", "producer", and of a file that takes pictures "form".
 
     Raises `InputError` for a file that is missing, damaged or was not exported by Winnow.
     """
@@ -164,12 +164,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if found.get("format") != str(FORMAT) or not found.keys() >= {*STRUCTURED, "producer"}:
         has = ", ".join(sorted(found)) or "none"
         raise InputError(f"{path} was not exported by Winnow (format {FORMAT}): its metadata keys are: {has}")
-    found.setdefault("task", "classify")  # older files have none
+    found = {"task": "classify", "precision": "fp32"} | found  # older files have none
     return found | {"format": FORMAT} | {key: json.loads(found[key]) for key in STRUCTURED}
 
 
-class _Proof:
-    """Counts how far two lists of outputs agree, and how good they are."""
+def answer(session: "onnxruntime.InferenceSession", path: Path, pixels: np.ndarray) -> np.ndarray:
+    """The first output of the file at `path`, which `session` runs."""
+    try:
+        return np.asarray(session.run(None, {session.get_inputs()[0].name: pixels})[0])
+    except Exception as error:  # ONNX Runtime's errors share no narrower base class
+        raise ExportError(f"{path} does not run on images {pixels.shape}: {' '.join(str(error).split())}") from None
+
+
+class Proof:
+    """Counts how far two lists of outputs agree, and how good they are: those of a file, and those of what it must equal."""
 
     def __init__(self, task: str, atol: float, rtol: float) -> None:
         from pipeline.tasks import TASKS, Tally
@@ -212,10 +220,7 @@ def _answers(
 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         ours = model(torch.from_numpy(pixels)).numpy()
-    try:
-        theirs = np.asarray(session.run(None, {session.get_inputs()[0].name: pixels})[0])
-    except Exception as error:  # ONNX Runtime's errors share no narrower base class
-        raise ExportError(f"{path} does not run on images {pixels.shape}: {' '.join(str(error).split())}") from None
+    theirs = answer(session, path, pixels)
     if theirs.shape != ours.shape:
         raise ExportError(f"{path} gives outputs {theirs.shape} for images {pixels.shape}, the network gives {ours.shape}")
     return theirs, ours
@@ -230,7 +235,7 @@ def _metadata(card: dict[str, Any]) -> dict[str, str]:
         key: entry[key] for key in ("mean", "std", "shape", "crop")
     }
     return (
-        {"format": str(FORMAT), "task": _task(card)}
+        {"format": str(FORMAT), "task": _task(card), "precision": "fp32"}
         | {key: json.dumps(values[key]) for key in STRUCTURED}
         | {"producer": f"winnow, torch {torch.__version__}"}
     )
@@ -249,7 +254,7 @@ def _portable(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _strip(message: Any) -> None:
+def strip(message: Any) -> None:
     """Remove, at every depth, what the exporter says of its own work: stack traces and paths of this machine among
     it."""
     for field, value in message.ListFields():
@@ -257,4 +262,4 @@ def _strip(message: Any) -> None:
             message.ClearField(field.name)
         elif field.message_type is not None:
             for part in value if hasattr(value, "add") else [value]:
-                _strip(part)
+                strip(part)

@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run the stage that writes it first (`dvc repro`)") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, numbers of thousands of digits, lists in lists in lists
         raise InputError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro` again") from None
 
 

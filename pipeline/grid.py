@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pipeline import methods
-from pipeline.config import Augment, Data, Export, Profile, Runtime, Section, Tracking, Train, Variants, lookup, parse, read_params
+from pipeline.config import Augment, Data, Runtime, Section, Train, Variants, lookup, parse, read_params
+from pipeline.deployment import Champion, Export, Profile, Repository, Tracking
 from pipeline.errors import InputError
 from pipeline.weights import start_paths
 
@@ -21,6 +22,8 @@ SECTIONS: dict[str, type[Section]] = {
     "variants": Variants,
     "export": Export,
     "profile": Profile,
+    "champion": Champion,
+    "repository": Repository,
     "tracking": Tracking,
 }
 FROM_FILES = ("folder", "tiny_imagenet", "imagenette", "imagenet", "carvana", "nyu_v2")  # data that nothing here downloads

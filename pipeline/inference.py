@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +17,10 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     import onnxruntime
 
-Provider = Literal["cuda", "cpu"]
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+Provider = Literal["tensorrt", "cuda", "cpu"]
+PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
+BATCH = "batch"  # the name of the free dimension of exported files
 Call = Callable[[], object]
 
 
@@ -25,8 +28,18 @@ class AbsentProvider(InputError):
     """The execution provider asked for cannot run on this machine; the message says why."""
 
 
-def open_session(path: Path, provider: Provider = "cpu", threads: int = 1) -> "onnxruntime.InferenceSession":
+def open_session(
+    path: Path,
+    provider: Provider = "cpu",
+    threads: int = 1,
+    *,
+    fixed: int | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> "onnxruntime.InferenceSession":
     """An ONNX Runtime session that runs the file at `path` on `provider`; on the CPU with `threads` threads.
+
+    TensorRT leaves to CUDA, and either to the CPU, what it has no kernel for (`elsewhere`). `fixed`: the batch size, where it
+    shall not be free; `settings` of the provider, as of `provider_settings`.
 
     Raises `InputError` naming the file when it is missing, damaged or takes something else than one batch of images,
     and `AbsentProvider` where the provider cannot run: it is never replaced by another. The threads of the pool may
@@ -39,44 +52,68 @@ def open_session(path: Path, provider: Provider = "cpu", threads: int = 1) -> "o
         raise InputError(f"{path} does not exist: run the stage that writes it first (`dvc repro`)")
     if provider == "cuda":
         _require_cuda(onnxruntime)
+    elif provider == "tensorrt":
+        _require_tensorrt(onnxruntime)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if fixed is not None:
+        options.add_free_dimension_override_by_name(BATCH, fixed)
+    wanted = [(PROVIDERS[provider], dict(settings or {})), *([(PROVIDERS["cuda"], {})] if provider == "tensorrt" else [])]
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[provider]])
+        # Its own fallback would run the file on another provider after a failure.
+        session = onnxruntime.InferenceSession(path, options, providers=wanted, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's errors share no narrower base class
         reason = " ".join(str(error).split())
-        if provider == "cuda" and type(error).__name__ in ("Fail", "RuntimeException", "EPFail", "RuntimeError"):
-            raise AbsentProvider(f"CUDA did not start: {reason}") from None
+        if provider != "cpu" and type(error).__name__ in ("Fail", "RuntimeException", "EPFail", "RuntimeError"):
+            raise AbsentProvider(f"{PROVIDERS[provider]} did not start: {reason}") from None
         raise InputError(f"{path} is no ONNX file that can be run: {reason}; delete it and export again") from None
     if PROVIDERS[provider] not in session.get_providers():
         raise AbsentProvider(f"ONNX Runtime could not load {PROVIDERS[provider]}; its own message is above")
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    sizes = [isinstance(size, int) for size in inputs[0].shape]
-    if len(inputs) != 1 or len(outputs) != 1 or sizes != [False, True, True, True] or inputs[0].type != "tensor(float)":
-        found = [(entry.name, entry.type, entry.shape) for entry in inputs]
-        raise InputError(f"{path} takes {found}, not float images (N, C, H, W) of any N: export it with Winnow")
+    _check_form(session, path, fixed)
     return session
 
 
-def caller(session: "onnxruntime.InferenceSession", provider: Provider, batch: int) -> Call:
-    """One call of the network on a fixed batch of random images."""
-    entry = session.get_inputs()[0]
-    shape = (batch, *entry.shape[1:])
-    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    names = [session.get_outputs()[0].name]
-    if provider == "cpu":
-        feeds = {entry.name: images}
-        return lambda: session.run(names, feeds)
+def provider_settings(provider: Provider, precision: str, *, graph: bool = False, engines: Path | None = None) -> dict[str, str]:
+    """What a provider is told beside the file. On CUDA `graph` records the calls once and replays them. TensorRT may compute in the
+    precision of the file, not below it, and keeps its engines in the folder `engines`.
 
+    TensorRT names an engine by the file's name and the names of its nodes, not by their sizes: two networks, two precisions or two
+    batch sizes must never share a folder.
+    """
+    if provider == "cuda":
+        return {"enable_cuda_graph": "1"} if graph else {}
+    if provider == "cpu":
+        return {}
+    lower = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
+    kept = {} if engines is None else {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engines)}
+    return ({lower[precision]: "1"} if precision in lower else {}) | kept
+
+
+def caller(session: "onnxruntime.InferenceSession", provider: Provider, batch: int, *, copies: bool = False) -> Call:
+    """One call of the network on a fixed batch of random images.
+
+    Input and output lie in the device's memory, allocated once, and the call ends when the device has finished. With `copies`
+    it goes from an array of the host to a new one, as `session.run` does.
+    """
     import onnxruntime
 
+    entry, answer = session.get_inputs()[0], session.get_outputs()[0]
+    images = np.random.default_rng(0).standard_normal((batch, *entry.shape[1:]), dtype=np.float32)
+    if copies:
+        names, feeds = [answer.name], {entry.name: images}
+        return lambda: session.run(names, feeds)
+    device = "cpu" if provider == "cpu" else "cuda"
+    shape = (batch, *answer.shape[1:])
     binding = session.io_binding()
-    binding.bind_ortvalue_input(entry.name, onnxruntime.OrtValue.ortvalue_from_numpy(images, provider, 0))
-    binding.bind_output(names[0], provider, 0)
+    binding.bind_ortvalue_input(entry.name, onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0))
+    result = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
+    binding.bind_ortvalue_output(answer.name, result)
+    if device == "cpu":
+        return lambda: session.run_with_iobinding(binding)
     binding.synchronize_inputs()
 
     def call() -> None:
@@ -86,14 +123,21 @@ def caller(session: "onnxruntime.InferenceSession", provider: Provider, batch: i
     return call
 
 
-def cpu_nodes(session: "onnxruntime.InferenceSession") -> dict[str, int]:
-    """How many nodes run on the CPU, by operator: a GPU provider leaves to it what it has no kernel for."""
-    nodes: dict[str, int] = {}
+def elsewhere(session: "onnxruntime.InferenceSession", provider: Provider) -> dict[str, dict[str, int]]:
+    """How many nodes run on another provider than the one asked for, by its name ("cuda", "cpu") and by operator."""
+    names = {name: key for key, name in PROVIDERS.items()}
+    found: dict[str, dict[str, int]] = {}
     for part in session.get_provider_graph_assignment_info():
-        if part.ep_name == PROVIDERS["cpu"]:
+        if part.ep_name != PROVIDERS[provider]:
+            nodes = found.setdefault(names.get(str(part.ep_name), str(part.ep_name)), {})
             for node in part.get_nodes():
                 nodes[node.op_type] = nodes.get(node.op_type, 0) + 1
-    return nodes
+    return found
+
+
+def runs_on(session: "onnxruntime.InferenceSession", provider: Provider) -> bool:
+    """Whether the provider runs any node at all."""
+    return any(part.ep_name == PROVIDERS[provider] for part in session.get_provider_graph_assignment_info())
 
 
 def peak_memory_mb(path: Path, batch: int, threads: int) -> float | None:
@@ -126,14 +170,41 @@ def report_memory(path: str, batch: str, threads: str) -> None:
     print(json.dumps(_status("VmHWM") - before))
 
 
+def _check_form(session: "onnxruntime.InferenceSession", path: Path, fixed: int | None) -> None:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    shape = inputs[0].shape
+    batch_fits = shape[:1] == [fixed] if fixed is not None else not isinstance(next(iter(shape), 0), int)
+    sized = len(shape) == 4 and all(isinstance(size, int) for size in (*shape[1:], *outputs[0].shape[1:]))
+    if len(inputs) != 1 or len(outputs) != 1 or not batch_fits or not sized or inputs[0].type != "tensor(float)":
+        found = [(entry.name, entry.type, entry.shape) for entry in inputs]
+        raise InputError(f"{path} takes {found}, not float images (N, C, H, W) of any N: export it with Winnow")
+
+
 def _require_cuda(onnxruntime: Any) -> None:
     if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
         raise AbsentProvider("this onnxruntime was built without CUDA: install onnxruntime-gpu")
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise AbsentProvider("no NVIDIA driver on this machine (libcuda.so.1)") from None
+    if not _loads("libcuda.so.1"):
+        raise AbsentProvider("no NVIDIA driver on this machine (libcuda.so.1)")
     onnxruntime.preload_dlls()  # the CUDA and cuDNN libraries that torch's wheels bring
+
+
+def _require_tensorrt(onnxruntime: Any) -> None:
+    if PROVIDERS["tensorrt"] not in onnxruntime.get_available_providers():
+        raise AbsentProvider("this onnxruntime was built without TensorRT: install onnxruntime-gpu")
+    wheel = find_spec("tensorrt_libs")  # the wheels put their libraries where no loader looks
+    folder = Path((wheel.submodule_search_locations or [""])[0]) if wheel else None
+    missing = [name for name in TENSORRT if not (_loads(name) or (folder and _loads(str(folder / name))))]
+    if missing:
+        raise AbsentProvider(f"no TensorRT 10 on this machine ({', '.join(missing)}): install tensorrt-cu13<11")
+    _require_cuda(onnxruntime)
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
 
 
 def _status(key: str) -> int:

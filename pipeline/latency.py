@@ -1,9 +1,13 @@
 """Latency of an ONNX file beside a control's, in ONNX Runtime: paired, with intervals, and repeated while it is noisy.
 
-Both files are loaded in one process and called in turn, in the balanced order variant control control variant ..., so
-that whatever slows the machine slows both, and a speed-up is the median of the ratios of neighbouring calls. Each call
-finds the caches as the other network left them. Only the call itself is inside the clock: on the CPU `session.run` with
-the input in memory, on CUDA a run with input and output bound on the device, until the device has finished.
+Both files are loaded in one process and timed in turn, in the balanced order variant control control variant ..., so
+that whatever slows the machine slows both, and a speed-up is the median of the ratios of neighbouring timings. Before each
+timed call the same network is called once untimed: right after a larger network a small one finds the caches full of
+the other's numbers and takes up to twice its time, which no server of it alone would see. Only the call itself is inside the
+clock: input and output lie in the memory of the device, allocated once, and the call ends when the device has finished.
+
+`steady` times calls without a pause, `idle` calls after one, which a server sees that is asked now and then: the core
+sleeps and slows down meanwhile, and others use its caches.
 
 Interval of a median (95 %): the k-th smallest and the k-th largest of n values, with the largest k for which
 P(Binomial(n, 1/2) <= k - 1) <= 0.025 (Conover, Practical Nonparametric Statistics, section 3.2). It assumes no
@@ -20,41 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.inference import AbsentProvider, Call, Provider, caller, cpu_nodes, open_session, peak_memory_mb
+from pipeline.inference import Call, Provider, caller, open_session
 
 MOST_PAIRS = 10_000  # in one measurement
 WARMUP_LIMIT = 5  # times warmup_s: a warm-up ends then, settled or not
-
-
-def profile(
-    variant: Path, control: Path, providers: Sequence[Provider], batch_sizes: Sequence[int], **settings: Any
-) -> tuple[dict[str, float], list[dict[str, Any]], list[str]]:
-    """`compare` (see there for `settings`) at every provider and batch size, and the peak memory at the largest batch.
-
-    Returns flat metrics (those of `metrics`, and "peak_memory_mb" on the CPU), one event {"kind": "latency", ...} a
-    comparison or {"kind": "absent", ...} a provider, and notes on what is missing or doubtful.
-    """
-    found: dict[str, float] = {}
-    events, notes = [], []
-    for provider in providers:
-        for batch in batch_sizes:
-            result = compare(variant, control, provider, batch, **settings)
-            if "absent" in result:
-                events.append({"kind": "absent", "provider": provider, "reason": result["absent"]})
-                notes.append(f"{provider} was not measured: {result['absent']}")
-                break
-            found |= metrics(result)
-            events.append({"kind": "latency", **result})
-            if not result["stable"]:
-                notes.append(f"{provider}, batch {batch}: still noisy after {result['attempts']} measurements")
-            if result["cpu_nodes"]:
-                notes.append(f"{provider}, batch {batch}: the CPU runs {result['cpu_nodes']}")
-    memory = peak_memory_mb(variant, max(batch_sizes), settings["threads"])
-    if memory is None:
-        notes.append("peak memory was not measured: this system has no /proc")
-    else:
-        found["peak_memory_mb"] = memory
-    return found, events, notes
+IDLE_PAIRS = 20  # timed after a pause each: the interval runs from the 6th to the 15th
 
 
 def compare(
@@ -69,52 +43,53 @@ def compare(
     stability: float,
     attempts: int,
 ) -> dict[str, Any]:
-    """Latency of the file `variant` beside that of `control` at one batch size; the two may be the same file.
-
-    A measurement times each file at least `repeats` times and for at least `warmup_s` seconds together (fast networks
-    get more calls), after a warm-up of at least `warmup_s` that lasts until the medians have settled. While its `noise`
-    is above `stability` it is repeated, up to `attempts` times; the least noisy one counts. The CPU runs `threads`
-    threads.
-
-    Returns {"provider", "batch", "precision", "variant", "control": each p50_ms, p90_ms, p99_ms, ci_low_ms, ci_high_ms
-    of the median and throughput_images_per_s (of the mean call); "speedup": {"ratio", "ci_low", "ci_high"} (control /
-    variant), "attempts", "stable", "noise", "pairs", "warmup_pairs", "settled", "cpu_nodes": how many nodes of the
-    variant a GPU provider leaves to the CPU, by operator}, or {"provider", "batch", "absent": why} where the provider
-    cannot run here.
-    """
-    head = {"provider": provider, "batch": batch}
-    try:
-        sessions = [open_session(path, provider, threads) for path in (variant, control)]
-    except AbsentProvider as error:
-        return head | {"absent": str(error)}
+    """`steady` of the file `variant` beside that of `control` at one batch size; the two may be the same file. The CPU runs
+    `threads` threads. `AbsentProvider` where the provider cannot run here."""
+    sessions = [open_session(path, provider, threads) for path in (variant, control)]
     calls = [caller(session, provider, batch) for session in sessions]
+    return steady(calls, batch, warmup_s=warmup_s, repeats=repeats, stability=stability, attempts=attempts)
+
+
+def steady(calls: Sequence[Call], batch: int, *, warmup_s: float, repeats: int, stability: float, attempts: int) -> dict[str, Any]:
+    """Time the calls of a variant and of its control, each of a batch of so many images, one after another without a pause.
+
+    A measurement times each at least `repeats` times and lasts `warmup_s` seconds or longer (fast networks get more
+    calls), after a warm-up of at least `warmup_s` that lasts until the medians have settled. While its `noise` is above
+    `stability` it is repeated, up to `attempts` times; the least noisy one counts.
+
+    Returns {"variant", "control": each p50_ms, p90_ms, p99_ms, ci_low_ms, ci_high_ms of the median and
+    throughput_images_per_s (of the mean call); "speedup": {"ratio", "ci_low", "ci_high"} (control / variant), "attempts",
+    "stable", "noise", "pairs", "warmup_pairs", "settled"}.
+    """
     warmup_pairs, settled = warm_up(calls, warmup_s, stability)
     best, least, attempt = repeat_while_noisy(lambda: _measure(calls, repeats, warmup_s), stability, attempts)
-    return head | {
-        "precision": "float32" if provider == "cpu" else "float32, TF32 allowed",
+    return {
         "variant": statistics(best[0], batch),
         "control": statistics(best[1], batch),
-        "speedup": speedup(best),
-        "attempts": attempt,
-        "stable": least <= stability,
-        "noise": least,
-        "pairs": best.shape[1],
+        **_judge(best, least, stability, attempt),
         "warmup_pairs": warmup_pairs,
         "settled": settled,
-        "cpu_nodes": {} if provider == "cpu" else cpu_nodes(sessions[0]),
     }
 
 
-def metrics(comparison: dict[str, Any]) -> dict[str, float]:
-    """The flat metrics of a comparison: latency_cpu_b1_p50_ms, ..., throughput_cpu_b1_images_per_s, speedup_cpu_b1,
-    ..."""
-    name = f"{comparison['provider']}_b{comparison['batch']}"
-    variant, ratio = comparison["variant"], comparison["speedup"]
-    return {f"latency_{name}_{key}": value for key, value in variant.items() if key.endswith("_ms")} | {
-        f"throughput_{name}_images_per_s": variant["throughput_images_per_s"],
-        f"speedup_{name}": ratio["ratio"],
-        f"speedup_{name}_ci_low": ratio["ci_low"],
-        f"speedup_{name}_ci_high": ratio["ci_high"],
+def idle(calls: Sequence[Call], batch: int, *, pause_ms: float, stability: float) -> dict[str, Any]:
+    """Time the calls of a variant and of its control as `steady` does, which has warmed them up, but with a pause right before
+    each timed call: `IDLE_PAIRS` of each, once. Returns what `steady` does but for the warm-up, the 99th percentile, for which
+    they are too few, and the throughput, which the pauses decide; and "pause_ms"."""
+    times = _measure(calls, IDLE_PAIRS, 0, pause_ms / 1000)
+    rows = [statistics(row, batch) for row in times]
+    first, second = ({k: v for k, v in row.items() if k != "p99_ms" and k.endswith("_ms")} for row in rows)
+    judged = _judge(times, noise(times), stability, 1)
+    return {"variant": first, "control": second, **judged, "pause_ms": pause_ms}
+
+
+def _judge(times: np.ndarray, found: float, stability: float, attempts: int) -> dict[str, Any]:
+    return {
+        "speedup": speedup(times),
+        "attempts": attempts,
+        "stable": found <= stability,
+        "noise": found,
+        "pairs": times.shape[1],
     }
 
 
@@ -189,9 +164,9 @@ def noise(times: np.ndarray) -> float:
     return float(worst)
 
 
-def warm_up(calls: list[Call], seconds: float, stability: float) -> tuple[int, bool]:
+def warm_up(calls: Sequence[Call], seconds: float, stability: float) -> tuple[int, bool]:
     """Call in turn for at least `seconds`, until the medians of half of that time are within `stability` of those of
-    the half before, or for `WARMUP_LIMIT` times as long. Returns the number of pairs called and whether the medians had
+    the half before, or for `WARMUP_LIMIT` times as long. Returns the number of pairs timed and whether the medians had
     settled."""
     start, before, pairs = time.perf_counter(), None, 0
     while True:
@@ -207,19 +182,22 @@ def warm_up(calls: list[Call], seconds: float, stability: float) -> tuple[int, b
         before = now
 
 
-def timed_pair(calls: list[Call], swapped: bool) -> tuple[float, float]:
-    """Milliseconds of the two calls, in their order in `calls`, whichever is made first."""
-    first, second = (calls[1], calls[0]) if swapped else (calls[0], calls[1])
-    start = time.perf_counter_ns()
-    first()
-    middle = time.perf_counter_ns()
-    second()
-    end = time.perf_counter_ns()
-    times = (middle - start) / 1e6, (end - middle) / 1e6
-    return (times[1], times[0]) if swapped else times
+def timed_pair(calls: Sequence[Call], swapped: bool, pause_s: float = 0) -> tuple[float, float]:
+    """Milliseconds of one call of each, in their order in `calls`, whichever is made first. Each is called once before
+    that, untimed; a pause comes between the two."""
+    times = [0.0, 0.0]
+    for which in (1, 0) if swapped else (0, 1):
+        call = calls[which]
+        call()
+        if pause_s:
+            time.sleep(pause_s)
+        start = time.perf_counter_ns()
+        call()
+        times[which] = (time.perf_counter_ns() - start) / 1e6
+    return times[0], times[1]
 
 
-def _measure(calls: list[Call], repeats: int, seconds: float) -> np.ndarray:
+def _measure(calls: Sequence[Call], repeats: int, seconds: float, pause_s: float = 0) -> np.ndarray:
     """(2, n) milliseconds of n >= `repeats` pairs of calls in balanced order."""
     times = []
     gc.collect()
@@ -227,7 +205,7 @@ def _measure(calls: list[Call], repeats: int, seconds: float) -> np.ndarray:
     try:
         start = time.perf_counter()
         while len(times) < repeats or (time.perf_counter() - start < seconds and len(times) < MOST_PAIRS):
-            times.append(timed_pair(calls, len(times) % 2 == 1))
+            times.append(timed_pair(calls, len(times) % 2 == 1, pause_s))
     finally:
         gc.enable()
     return np.array(times).T

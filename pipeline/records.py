@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import files, hardware
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -29,9 +29,11 @@ class Record:
         revive: str | None = None,
         compress: str | None = None,
         seed: int | None = None,
+        precision: str | None = None,
         data: str | None = None,
     ) -> None:
         self.identity = {"stage": stage, "variant": variant, "revive": revive, "compress": compress, "seed": seed}
+        self.identity |= {"precision": precision}
         self.parameters = parameters
         self.data = data
         self.metrics: dict[str, float] = {}
@@ -69,8 +71,15 @@ class Record:
 
 
 def read_records(root: Path) -> list[dict[str, Any]]:
-    """Every record under `root`/STAGE/VARIANT/, in the order of their paths."""
-    return [files.read_json(path) for path in sorted([*root.glob("*/record.json"), *root.glob("*/*/record.json")])]
+    """Every record under `root`/STAGE/VARIANT/PRECISION/ or above, in the order of their paths."""
+    found = [path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}/record.json")]
+    return [files.read_json(path) for path in sorted(found)]
+
+
+def place(root: Path, record: dict[str, Any]) -> Path:
+    """The folder below `root` that holds a record and the files it names."""
+    stage = root / record["stage"]
+    return stage if record["stage"] == "prepare" else stage / record["variant"] / (record["precision"] or "")
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Records published to MLflow, once each: one top-level run a variant, with a nested run for each of its stages.
 
-A variant's run holds every parameter of its chain, few metrics with one name for all variants (so that MLflow's charts
-compare them), the ONNX model and the dataset; a stage's run holds its final metrics, its curves by epoch, its record and
+A variant has a run for each precision it is exported in. That holds every parameter of its chain, few metrics with one name for
+all variants (so that MLflow's charts compare them), the model that takes pictures, which pipeline/tracking_registry.py registers,
+its card and the dataset; a stage's run holds its final metrics, its curves by epoch, its record and
 its files. Files of a stage that several variants share are uploaded once: the tag `winnow.files` is "here" in the run that
 holds them and names that run in the others.
 
@@ -19,12 +20,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import files
-from pipeline.config import Tracking
+from pipeline import files, model_card
+from pipeline.deployment import Tracking
 from pipeline.errors import InputError
 from pipeline.lineage import OWN, Chain, Record, chains, flat_parameters
+from pipeline.records import place
 from pipeline.report import chart, sensitive, story, widths
-from pipeline.tracking_model import log_model
+from pipeline.tracking_model import PICTURES, log_model
+from pipeline.tracking_registry import Entry, model_name, register
 from pipeline.tracking_server import Unreachable, session
 
 if TYPE_CHECKING:
@@ -32,23 +35,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Published", "Unreachable", "publish"]
 
-FORMAT = 3  # part of every fingerprint: a new layout of the runs publishes anew
+FORMAT = 4  # part of every fingerprint: a new layout of the runs publishes anew
 LONGEST = 6000  # characters of a parameter that MLflow keeps
 MOST = 100  # parameters, and metrics, in one request
 
 
 @dataclass(frozen=True)
 class Published:
-    """How many variants were added, replaced or found as they are, and the experiment that holds them."""
+    """How many variants (a precision each) were added, replaced or found as they are, and the experiment that holds them; the
+    registered model, and its version that is the champion, if any."""
 
     added: int
     replaced: int
     unchanged: int
     experiment_id: str
+    model: str
+    champion: str | None
 
 
-def publish(records: list[Record], root: Path, tracking: Tracking, uri: str) -> Published:
-    """Bring the experiment at `uri` up to date with `records`, whose folders lie below `root` (outputs/).
+def publish(records: list[Record], root: Path, tracking: Tracking, uri: str, decision: dict[str, Any]) -> Published:
+    """Bring the experiment and the registered model at `uri` up to date with `records`, whose folders lie below `root` (outputs/),
+    and with `decision` about them, as champion.json holds it.
 
     Raises `Unreachable` where no server answers, within a few times `tracking.timeout_s` seconds, and `InputError` where
     MLflow refuses or a file that a record names is missing.
@@ -57,7 +64,12 @@ def publish(records: list[Record], root: Path, tracking: Tracking, uri: str) -> 
     prints = {chain.name: _fingerprint(chain.records.values(), root) for chain in wanted}
     with session(uri, tracking, root) as (client, experiment_id):
         publisher = _Publisher(client, experiment_id, root)
-        return publisher.update(wanted, prints)
+        added, replaced, runs = publisher.update(wanted, prints)
+        made = [(chain, path) for chain in wanted for path in _shipped(chain, root) if path.name == PICTURES]
+        entries = [Entry(chain, runs[chain.name], prints[chain.name], files.sha256(path)) for chain, path in made]
+        model = model_name(tracking.experiment)
+        champion = register(client, experiment_id, model, entries, decision)
+        return Published(added, replaced, len(wanted) - added - replaced, experiment_id, model, champion)
 
 
 class _Publisher:
@@ -67,10 +79,11 @@ class _Publisher:
         self.client, self.experiment_id, self.root = client, experiment_id, root
         self.holders: dict[str, str] = {}  # fingerprint of a record -> the run that holds its files
 
-    def update(self, wanted: list[Chain], prints: dict[str, str]) -> Published:
+    def update(self, wanted: list[Chain], prints: dict[str, str]) -> tuple[int, int, dict[str, str]]:
         """Add what is missing, mark the runs of the present grid, delete what a crash left, and point links to living runs.
 
-        A run that a newer one replaces stays: its tag winnow.current becomes "false".
+        A run that a newer one replaces stays: its tag winnow.current becomes "false". Returns how many variants were added, how
+        many replaced, and each one's run.
         """
         runs = self._runs()
         tops = [run for run in runs if run.data.tags.get("winnow.variant") in prints]
@@ -85,9 +98,10 @@ class _Publisher:
         for run in runs:
             if run.data.tags.get("winnow.files") == "here" and run.data.tags.get("mlflow.parentRunId") not in gone:
                 self.holders[run.data.tags["winnow.record"]] = run.info.run_id
+        ids = {name: run.info.run_id for name, run in current.items()}
         for index, chain in enumerate(wanted):
             if chain.name not in current:
-                self._add(chain, prints[chain.name], _color(index))
+                ids[chain.name] = self._add(chain, prints[chain.name], _color(index))
         for run in runs:
             tags = run.data.tags
             wish = "true" if run.info.run_id in kept else "false"
@@ -96,7 +110,7 @@ class _Publisher:
         self._delete(doomed, runs)
         self._relink()
         replaced = {run.data.tags["winnow.variant"] for run in tops} - current.keys()
-        return Published(len(wanted) - len(current) - len(replaced), len(replaced), len(current), self.experiment_id)
+        return len(wanted) - len(current) - len(replaced), len(replaced), ids
 
     def _runs(self) -> list["Run"]:
         """All runs of the experiment that are not deleted."""
@@ -108,13 +122,14 @@ class _Publisher:
             if not token:
                 return found
 
-    def _add(self, chain: Chain, fingerprint: str, color: str) -> None:
+    def _add(self, chain: Chain, fingerprint: str, color: str) -> str:
         """A variant's run and those of its stages; only at the very end is it FINISHED. Its time is that of its own stages."""
         last = list(chain.records.values())[-1]
         tags = {"winnow.variant": chain.name, "winnow.fingerprint": fingerprint, "revive": chain.revive}
-        tags |= {"compress": chain.compress, "seed": str(chain.seed), "mlflow.source.name": "winnow", "mlflow.runColor": color}
+        tags |= {"compress": chain.compress, "seed": str(chain.seed), "precision": chain.precision}
+        tags |= {"mlflow.source.name": "winnow", "mlflow.runColor": color}
         spans = [_span(record) for stage, record in chain.records.items() if stage in OWN]
-        parameters = flat_parameters(chain.records)
+        parameters = flat_parameters(chain.records) | {"precision": chain.precision}
         run_id = self._create(chain.name, last, tags, min(spans)[0])
         self._log(run_id, parameters, final_metrics(chain), spans[-1][1])
         self._log_dataset(run_id, chain)
@@ -127,11 +142,14 @@ class _Publisher:
         for name, svg in plots.items():
             if svg:
                 self.client.log_text(run_id, chart.standalone(svg), f"plots/{name}.svg")
-        for name in chain.records.get("export", {}).get("artifacts", []):
-            if name.endswith(".onnx"):
-                log_model(self.client, self.experiment_id, run_id, parameters, _folder(self.root, chain.records["export"]) / name)
+        shipped = _shipped(chain, self.root)
+        self.client.log_text(run_id, model_card.text(chain, {}, {path.name: path for path in shipped}), "MODEL_CARD.md")
+        for path in shipped:
+            if path.name == PICTURES:
+                log_model(self.client, self.experiment_id, run_id, parameters, path)
         self.client.set_tag(run_id, "winnow.current", "true")
         self.client.set_terminated(run_id, "FINISHED", max(end for _, end in spans))
+        return run_id
 
     def _add_stage(self, parent: str, stage: str, record: Record) -> None:
         """A nested run: curves, final metrics, the record, and the files or where they are."""
@@ -143,7 +161,7 @@ class _Publisher:
         run_id = self._create(f"{stage} {record['variant']}", record, tags, start)
         self._log(run_id, flat_parameters({stage: record}), record["metrics"], end)
         self._log_curves(run_id, record, start, end)
-        folder = _folder(self.root, record)
+        folder = place(self.root, record)
         self.client.log_artifact(run_id, str(folder / "record.json"))
         if not holder:
             for path in _uploads(self.root, record):
@@ -218,12 +236,15 @@ class _Publisher:
 
 def final_metrics(chain: Chain) -> dict[str, float]:
     """The few figures that MLflow's charts compare: of the ONNX file accuracy (or what the task has in its place, and its scores
-    beside it) and error_percent = 100 (1 - accuracy), because the charts start at 0 and write two decimals; macs, size_mb,
-    parameters, and the latency (median, ms) and speed-up of each provider and batch that was measured."""
+    beside it) and error_percent = 100 (1 - accuracy), because the charts start at 0 and write two decimals; its accuracy on the
+    validation split; precision_loss, what a precision below fp32 loses of the accuracy; macs, size_mb, parameters, and the latency
+    (median, ms) and speed-up of each setting that was measured."""
     names = chain.names
     accuracy = chain.metric("export", f"test_{names.headline}")
     measured = {names.headline: accuracy, "error_percent": None if accuracy is None else 100 * (1 - accuracy)}
     measured |= {name: chain.metric("export", f"test_{name}") for name in names.beside}
+    measured |= {f"validation_{names.headline}": chain.metric("export", f"validation_{names.headline}")}
+    measured |= {"precision_loss": chain.metric("export", "loss")}
     measured |= {name: chain.metric("profile", name) for name in ("macs", "size_mb", "parameters")}
     for name, value in chain.records.get("profile", {}).get("metrics", {}).items():
         if name.startswith("latency_") and name.endswith("_p50_ms"):
@@ -241,19 +262,21 @@ def _fingerprint(records: Iterable[Record], root: Path) -> str:
 
 
 def _uploads(root: Path, record: Record, *, models: bool = False) -> list[Path]:
-    """The files of a stage that are published; prepared data are not, and ONNX files are logged as models (`models` lists
-    them too)."""
+    """The files of a stage that are published; prepared data are not, and what takes pictures is logged as a model (`models` lists
+    it too)."""
     if record["stage"] == "prepare":
         return []
-    paths = [_folder(root, record) / name for name in record["artifacts"]]
+    paths = [place(root, record) / name for name in record["artifacts"]]
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path} is missing, which the record beside it names: run `dvc checkout`, or `dvc repro`")
-    return [path for path in paths if models or path.suffix != ".onnx"]
+    return [path for path in paths if models or path.name != PICTURES]
 
 
-def _folder(root: Path, record: Record) -> Path:
-    return root / record["stage"] / ("" if record["stage"] == "prepare" else record["variant"])
+def _shipped(chain: Chain, root: Path) -> list[Path]:
+    """The ONNX files of a chain."""
+    record = chain.records.get("export")
+    return [path for path in _uploads(root, record, models=True) if path.suffix == ".onnx"] if record else []
 
 
 def _span(record: Record) -> tuple[int, int]:

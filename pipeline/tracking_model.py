@@ -4,24 +4,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError
+from pipeline.model_card import read_onnx
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 
+PICTURES = "pictures.onnx"  # the form of an exported network that takes a client's images, among a record's artifacts
+
+
 def log_model(client: Any, experiment_id: str, run_id: str, parameters: dict[str, str], path: Path) -> None:
-    """Log the file at `path` as the model "model" of a run, with its signature; `InputError` where it is no ONNX file."""
+    """Log the file at `path` as the model "model" of a run, with its signature and the names of its classes; `InputError` where it
+    is no ONNX file."""
     import mlflow.onnx as flavor
-    import onnx
-    from google.protobuf.message import DecodeError
     from mlflow.models import Model
 
-    try:
-        proto = onnx.load_model(path)  # MLflow changes the one it is given: a fresh one each time
-    except DecodeError as error:
-        raise InputError(f"{path} is no ONNX file ({error}): delete its folder and run `dvc repro`") from None
+    proto = read_onnx(path)  # MLflow changes the one it is given: a fresh one each time
+    told = {entry.key: entry.value for entry in proto.metadata_props}
     settings: dict[str, Any] = {"signature": _signature(proto), "pip_requirements": _pip_requirements()}
+    settings["metadata"] = {key: told[key] for key in ("task", "classes") if key in told}
     # Made here, because `Model.log` by itself would take the default experiment.
     made = client.create_logged_model(experiment_id, "model", run_id, params=parameters)
     Model.log(None, flavor, run_id=run_id, model_id=made.model_id, onnx_model=proto, save_as_external_data=False, **settings)
@@ -35,7 +36,7 @@ def _pip_requirements() -> list[str]:
 
 
 def _signature(proto: Any) -> "ModelSignature":
-    """Names and shapes of the graph's inputs and outputs; -1 stands for the batch."""
+    """Names and shapes of the graph's inputs and outputs; -1 stands for an axis of any length."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec

@@ -13,6 +13,7 @@ OUTPUTS = Path("outputs")
 PREPARED = OUTPUTS / "prepare" / "data"
 RESUME = OUTPUTS / "resume"  # states of unfinished trainings
 SEED = re.compile("0|[1-9][0-9]*")
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")  # of a block; others would lead to other folders
 
 
 def folder(stage: str, *variant: str | int) -> Path:
@@ -21,14 +22,19 @@ def folder(stage: str, *variant: str | int) -> Path:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Call `main` with the command line's words; a mistake of the user's is one message and exit code 2."""
+    """Call `main` with the command line's words, or --NAME WORD for each; a user's mistake is one message and exit code 2."""
     words, names = sys.argv[1:], list(inspect.signature(main).parameters)
+    if words[::2] == [f"--{name}" for name in names]:  # as DVC writes them, which quotes each for the shell
+        words = words[1::2]
     stage = f"stages.{Path(sys.argv[0]).stem}"
     if len(words) != len(names):
         _refuse(f"usage: python -m {' '.join([stage, *(name.upper() for name in names)])}")
     call = " ".join([stage, *words])
     if "seed" in names and not SEED.fullmatch(seed := words[names.index("seed")]):
         _refuse(f"{call}: the seed {seed!r} is no whole number from 0 up")
+    for name, word in zip(names, words, strict=True):
+        if name in ("revive", "compress") and not NAME.fullmatch(word):
+            _refuse(f"{call!r}: the block's name {word!r} is not made of letters, digits, '_' and '-'")
     guard(call, lambda: main(*words))
 
 

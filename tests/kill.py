@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
-MODELS = ("model.safetensors", "model.json", "model.onnx")
+MODELS = ("model.safetensors", "model.json", "model.onnx", "pictures.onnx")
 UNTIMED = ("prepare", "train", "revive", "compress", "collapse", "export")  # stages whose records hold no timings but images_per_s
 ALWAYS = "always changed"  # what `dvc status` says of a stage that looks at the machine or at raw data each time
 # What a kill in the middle of a write of DVC's leaves behind, by what DVC says of it -> the file to remove before starting again.

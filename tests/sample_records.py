@@ -7,10 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pipeline.records import place
+
 REVIVE = ("finetune", "reactivate", "restart")
 COMPRESS = ("none", "diet", "dealloc")
 ACCURACY = {"finetune": 0.9805, "reactivate": 0.9861, "restart": 0.9833}
 LOSS = {"none": 0.0, "diet": 0.0139, "dealloc": 0.0028}
+INT8 = {"loss": 0.0028, "size": 0.27, "time": 0.4}  # beside fp32: score lost, share of its bytes, share of its time
 KEPT = {"none": 1.0, "diet": 0.5, "dealloc": 0.8}
 LAYERS = (("conv1", 1, 32), ("conv2", 32, 32), ("conv3", 32, 64), ("fc1", 256, 64), ("fc2", 64, 10))
 HARDWARE = {
@@ -26,15 +29,23 @@ FIT = {"epochs": 6, "batch_size": 64, "optimizer": "sgd", "lr": 0.05, "schedule"
 
 def record(stage: str, variant: str, **fields: Any) -> dict[str, Any]:
     """One record, complete, `fields` replacing what is usual."""
-    usual: dict[str, Any] = {"format": 1, "stage": stage, "variant": variant, "revive": None, "compress": None, "seed": None}
+    usual: dict[str, Any] = {"format": 2, "stage": stage, "variant": variant, "revive": None, "compress": None, "seed": None}
+    usual["precision"] = None
     usual |= {"parameters": {}, "metrics": {}, "history": [], "events": [], "layers": [], "notes": [], "artifacts": []}
     usual |= {"data": "7a4f1e94" * 8, "started": "2026-11-21T11:30:00+00:00", "seconds": 12.5, "hardware": HARDWARE}
     usual |= {"versions": {"torch": "2.14.1"}, "commit": "0123456789abcdef0123456789abcdef01234567"}
     return copy.deepcopy(usual | fields)
 
 
-def grid(seeds: tuple[int, ...] = (0, 1), revive: tuple[str, ...] = REVIVE, compress: tuple[str, ...] = COMPRESS) -> list[dict]:
-    """The records of revive x compress x seeds; CUDA was asked for and absent; `finetune-none` is the control."""
+def grid(
+    seeds: tuple[int, ...] = (0, 1),
+    revive: tuple[str, ...] = REVIVE,
+    compress: tuple[str, ...] = COMPRESS,
+    precisions: tuple[str, ...] = ("fp32",),
+    idle: bool = False,
+) -> list[dict]:
+    """The records of revive x compress x seeds x precisions ("fp32", "int8"); CUDA was asked for and absent; `finetune-none` is the
+    control. With `idle`, batch 1 was also timed with a pause before each call."""
     data = {"data": {"name": "digits", "image_size": 16, "mean": "auto"}}
     images = {"train_images": 1222, "validation_images": 216, "test_images": 359, "classes": 10}
     made = [record("prepare", "data", parameters=data, metrics=images)]
@@ -49,7 +60,7 @@ def grid(seeds: tuple[int, ...] = (0, 1), revive: tuple[str, ...] = REVIVE, comp
             )
             made.append(revived | {"events": edits(one)})
             for two in compress:
-                made += variant(one, two, seed)
+                made += variant(one, two, seed, precisions, idle)
     return made
 
 
@@ -93,8 +104,10 @@ def deep(events: int, layers: int) -> dict[str, Any]:
     return record("revive", "evolve-0", history=history, events=logged[:-1], layers=sizes, **identity)
 
 
-def variant(revive: str, compress: str, seed: int) -> list[dict[str, Any]]:
-    """The four records that belong to one variant alone."""
+def variant(
+    revive: str, compress: str, seed: int, precisions: tuple[str, ...] = ("fp32",), idle: bool = False
+) -> list[dict[str, Any]]:
+    """The records that belong to one variant alone: of compress, collapse, and of export and profile in each precision."""
     kept, accuracy = KEPT.get(compress, 0.7), _accuracy(revive, compress, seed)
     identity = {"revive": revive, "compress": compress, "seed": seed}
     name, parameters = f"{revive}-{compress}-{seed}", int(77_098 * kept**1.8)
@@ -106,39 +119,85 @@ def variant(revive: str, compress: str, seed: int) -> list[dict[str, Any]]:
     proof = {"test_accuracy": accuracy, "max_abs_difference": 3.1e-6, "top1_agreement": 1.0}
     collapsed = record("collapse", name, metrics=proof | {"parameters": parameters}, layers=_layers(kept), **identity)
     collapsed["artifacts"] = compressed["artifacts"]
-    exported = proof | {"torch_test_accuracy": accuracy, "size_mb": parameters * 4 / 1e6 + 0.012, "max_abs_difference": 9.5e-7}
-    export = record("export", name, parameters={"export": {"opset": 20}}, metrics=exported, artifacts=["model.onnx"], **identity)
+    exports = [_export(name, accuracy, parameters, identity | {"precision": precision}) for precision in precisions]
+    return [compressed, collapsed, *exports, *(_profile(name, kept, parameters, exported, idle) for exported in exports)]
+
+
+def _export(name: str, accuracy: float, parameters: int, identity: dict[str, Any]) -> dict[str, Any]:
+    metrics = {"test_accuracy": accuracy, "torch_test_accuracy": accuracy, "validation_accuracy": accuracy - 0.003}
+    metrics |= {"max_abs_difference": 9.5e-7, "top1_agreement": 1.0, "size_mb": parameters * 4 / 1e6 + 0.012}
+    made = record("export", name, parameters={"export": {"opset": 20, "precisions": ["fp32", "int8"]}}, **identity)
+    if identity["precision"] == "int8":
+        loss = INT8["loss"]
+        metrics |= {"test_accuracy": accuracy - loss, "validation_accuracy": accuracy - 0.003 - loss, "loss": loss}
+        metrics |= {"max_abs_difference": 0.11, "top1_agreement": 0.9944, "size_mb": INT8["size"] * metrics["size_mb"]}
+        made["events"] = [{"kind": "quantized", "kept": ["conv1"], "share_int8": 0.97, "images": 256, "calibration": "minmax"}]
+    return made | {"metrics": metrics, "artifacts": ["model.onnx", "pictures.onnx"]}
+
+
+def _profile(name: str, kept: float, parameters: int, exported: dict[str, Any], idle: bool) -> dict[str, Any]:
     asked = {"control": "finetune-none", "providers": ["cuda", "cpu"], "threads": 1, "batch_sizes": [1, 32]}
-    counts = {"parameters": parameters, "macs": int(2_984_576 * kept**1.9), "size_mb": exported["size_mb"], "peak_memory_mb": 61.5}
+    asked["idle_ms"] = 20 if idle else None
+    identity = {key: exported[key] for key in ("revive", "compress", "seed", "precision")}
+    share = (0.2 + 0.8 * kept) * (INT8["time"] if identity["precision"] == "int8" else 1)
+    counts = {"parameters": parameters, "macs": int(2_984_576 * kept**1.9), "size_mb": exported["metrics"]["size_mb"]}
+    metrics = counts | {"peak_memory_mb": 61.5} | _latencies(share, identity["seed"], idle)
     absent = {"kind": "absent", "provider": "cuda", "reason": "onnxruntime finds no CUDA device"}
-    profile = record("profile", name, parameters={"profile": asked}, metrics=counts | _latencies(kept, seed), **identity)
-    profile |= {"events": [absent], "notes": ["cuda was not measured: onnxruntime finds no CUDA device"]}
-    return [compressed, collapsed, export, profile]
+    made = record("profile", name, parameters={"profile": asked}, metrics=metrics, **identity)
+    return made | {"events": [absent], "notes": ["cuda was not measured: onnxruntime finds no CUDA device"]}
 
 
 def write(records: list[dict[str, Any]], root: Path) -> None:
     """The folders of `records` below `root`, with real, tiny files in the place of the models."""
     for entry in records:
-        shared = entry["stage"] == "prepare"
-        folder = root / entry["stage"] / ("" if shared else entry["variant"])
+        folder = place(root, entry)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "record.json").write_text(json.dumps(entry, indent=1))
         for name in entry["artifacts"]:
             (folder / name).parent.mkdir(exist_ok=True)
-            content = onnx_bytes() if name.endswith(".onnx") else hashlib.sha256(f"{entry['variant']}".encode()).digest() * 8
-            (folder / name).write_bytes(content)
+            made = {"model.onnx": onnx_bytes, "pictures.onnx": pictures_bytes}.get(name)
+            (folder / name).write_bytes(made() if made else hashlib.sha256(f"{entry['variant']}".encode()).digest() * 8)
 
 
 def onnx_bytes() -> bytes:
     """A network of one linear layer on 1 x 4 x 4 images, with three classes and the metadata of an exported model."""
+    from onnx import TensorProto, helper
+
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, 4, 4])
+    return _network([helper.make_node("Flatten", ["images"], ["flat"])], images, [])
+
+
+def pictures_bytes() -> bytes:
+    """The same network on pictures, uint8 (N, H, W, 1) of any size, with probabilities beside the logits."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    pictures = helper.make_tensor_value_info("pictures", TensorProto.UINT8, ["batch", "height", "width", 1])
+    nodes = [
+        helper.make_node("Cast", ["pictures"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Resize", ["planes", "", "", "sizes"], ["small"], axes=[2, 3], mode="linear", antialias=1),
+        helper.make_node("Sub", ["small", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], ["images"]),
+        helper.make_node("Flatten", ["images"], ["flat"]),
+    ]
+    numbers = {"sizes": np.array([4, 4]), "mean": np.float32([255 * 0.25]), "std": np.float32([255 * 0.5])}
+    return _network(nodes, pictures, [numpy_helper.from_array(value, name) for name, value in numbers.items()])
+
+
+def _network(nodes: list[Any], given: Any, numbers: list[Any]) -> bytes:
+    """`nodes` make "flat" of what is given; the linear layer follows, and for pictures a softmax."""
     import numpy as np
     from onnx import TensorProto, checker, helper, numpy_helper
 
     weight = numpy_helper.from_array((np.arange(48, dtype=np.float32).reshape(16, 3) % 7 - 3) / 5, "weight")
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, 4, 4])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
-    nodes = [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["logits"])]
-    graph = helper.make_graph(nodes, "sample", [images], [logits], [weight])
+    nodes = [*nodes, helper.make_node("MatMul", ["flat", "weight"], ["logits"])]
+    outputs = ["logits"]
+    if given.name == "pictures":
+        nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
+        outputs.insert(0, "probabilities")
+    told = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in outputs]
+    graph = helper.make_graph(nodes, "sample", [given], told, [weight, *numbers])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     helper.set_model_props(model, {"mean": "[0.25]", "std": "[0.5]", "classes": '["zero", "one", "two"]', "shape": "[1, 4, 4]"})
     checker.check_model(model)
@@ -194,11 +253,11 @@ def _layers(kept: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _latencies(kept: float, seed: int) -> dict[str, float]:
+def _latencies(share: float, seed: int, idle: bool) -> dict[str, float]:
+    """Of a network that takes `share` of the control's time."""
     found = {}
-    for batch, base in ((1, 0.21), (32, 4.4)):
-        p50, ratio = base * (0.2 + 0.8 * kept) * (1 + 0.01 * seed), 1 / (0.2 + 0.8 * kept)
-        key = f"cpu_b{batch}"
+    for key, batch, base in (("cpu_b1", 1, 0.21), ("cpu_b32", 32, 4.4), *([("cpu_b1_idle", 1, 0.34)] if idle else [])):
+        p50, ratio = base * share * (1 + 0.01 * seed), 1 / share
         found |= {f"latency_{key}_p50_ms": p50, f"latency_{key}_p90_ms": p50 * 1.1, f"latency_{key}_p99_ms": p50 * 1.4}
         found |= {f"latency_{key}_ci_low_ms": p50 * 0.98, f"latency_{key}_ci_high_ms": p50 * 1.02}
         found |= {f"throughput_{key}_images_per_s": 1000 * batch / p50, f"speedup_{key}": ratio}

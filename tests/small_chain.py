@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 import stages
+from pipeline.lineage import DEPLOYED
 
 VARIANT = ("finetune", "none", "0")
 CHAIN = [
@@ -21,6 +23,7 @@ CHAIN = [
     ("train", "0"),
     ("revive", "finetune", "0"),
     *((stage, *VARIANT) for stage in ("compress", "collapse", "export", "profile")),
+    ("champion",),
 ]
 
 
@@ -86,9 +89,14 @@ def parameters() -> dict[str, Any]:
             "none": {"method": "finetune", "distill": None, "sensitivity": None, "fit": fit | {"epochs": 0}},
             "diet": {"method": "diet", "fit": fit | {"epochs": 0}} | diet,
         },
-        "export": {"opset": 20, "atol": 1e-4, "rtol": 1e-3},
+        "export": {"opset": 20, "atol": 1e-4, "rtol": 1e-3, "precisions": ["fp32", "int8"], "max_loss": 0.1, "resize": True}
+        | {"int8": {"images": 64, "calibration": "minmax", "keep": [], "least": 0.5}},
         "profile": {"control": "finetune-none", "providers": ["cpu"], "threads": 1, "batch_sizes": [1]}
-        | {"warmup_s": 0.01, "repeats": 20, "stability": 10.0, "attempts": 1},
+        | {"warmup_s": 0.01, "repeats": 20, "stability": 10.0, "attempts": 1}
+        | {"idle_ms": None, "copies": False, "cuda_graph": False},
+        "champion": {"best": "accuracy", "at_most": {"size_mb": 1.0}, "at_least": {}},
+        "repository": {"folder": "repository", "models": "all", "forms": ["pictures", "tensors"], "max_batch": 64}
+        | {"queue_delay_us": 500, "tensorrt": False, "versions": 2},
         "tracking": {"experiment": "winnow", "timeout_s": 10},
     }
 
@@ -116,6 +124,12 @@ def build(folder: Path) -> None:
         for words in CHAIN:
             assert call(*words) == 0, words
         Path("raw").rmdir()  # `check` made it for a download
+
+
+def record(stage: str, variant: str, precision: str = "fp32") -> dict[str, Any]:
+    """What a stage wrote of a variant, of one precision where it is deployed, in the working directory."""
+    inside = f"{precision}/" if stage in DEPLOYED else ""
+    return json.loads(Path(f"outputs/{stage}/{variant}/{inside}record.json").read_text())
 
 
 def outputs() -> dict[Path, bytes]:

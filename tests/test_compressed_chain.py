@@ -3,14 +3,13 @@ masks and depths, on learned groups, and behind a first training that redirected
 
 import contextlib
 import importlib.util
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_chain import call, parameters, write_parameters
+from small_chain import call, parameters, record, write_parameters
 from test_laws import COMPRESS, REVIVE
 from test_tasks_chain import settings
 from torch import nn
@@ -96,10 +95,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return build
-
-
-def record(stage: str, variant: str) -> dict[str, Any]:
-    return json.loads(Path(f"outputs/{stage}/{variant}/record.json").read_text())
 
 
 def model(stage: str, variant: str) -> nn.Module:

@@ -138,7 +138,7 @@ def test_metadata_comes_back_as_it_was_given_also_from_the_session(exported: tup
     assert found["crop"] == {"resize": 40, "size": 32}
     assert found["lineage"]["commit"] == "0123abc" and found["lineage"]["data"] == "fingerprint"
     assert found["lineage"]["stages"] == [{"stage": "train", "parameters": {"epochs": 3, "root": "birds"}}]
-    assert found["producer"].startswith("winnow, torch ")
+    assert found["precision"] == "fp32" and found["producer"].startswith("winnow, torch ")
     assert open_session(path).get_modelmeta().custom_metadata_map.keys() == found.keys()
 
 

@@ -45,7 +45,7 @@ def test_the_chain_runs_from_data_to_a_proven_onnx_file(method: str, tmp_path: P
         trained, card = checkpoint.load(outputs / "train/0/model")
         assert (card["expansion"] or {"method": "none"})["method"] == method
         collapsed, after = checkpoint.load(outputs / "collapse/restart-diet-0/model")
-        exported = files.read_json(outputs / "export/restart-diet-0/record.json")["metrics"]
+        exported = files.read_json(outputs / "export/restart-diet-0/fp32/record.json")["metrics"]
         revived = files.read_json(outputs / "revive/restart-0/record.json")
     assert after["expansion"] is None and count(collapsed) < count(trained)
     plain = {name: type(module) for name, module in checkpoint.build(after | {"expansion": None}).named_modules()}

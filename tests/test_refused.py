@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 OUT = Path("outputs")
 DATA, TRAINED, REVIVED = OUT / "prepare/data", OUT / "train/0/model", OUT / "revive/finetune-0/model"
 COMPRESSED, COLLAPSED = OUT / "compress/finetune-none-0/model", OUT / "collapse/finetune-none-0/model"
-ONNX = OUT / "export/finetune-none-0/model.onnx"
+ONNX = OUT / "export/finetune-none-0/fp32/model.onnx"
 CARD, WEIGHTS = REVIVED / "model.json", REVIVED / "model.safetensors"
 PNG, NPZ = Path("raw/ant/1.png"), Path("raw.npz")
 
@@ -153,11 +153,11 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
     EXPORT: [
         ("nothing collapsed", do.remove(COLLAPSED), f"{COLLAPSED}/model.json does not exist: run the stage"),
         ("not collapsed", do.copy(COMPRESSED, COLLAPSED), "the network is still over-parameterised: collapse it before"),
-        ("no tolerance", do.put("export", {"opset": 20, "atol": 1e-30, "rtol": 0}), "does not compute what the network computes"),
+        ("no tolerance", do.put("export.atol", 1e-30), "does not compute what the network computes"),
     ],
     PROFILE: [
         ("nothing exported", do.remove(ONNX), f"{ONNX} does not exist: run the stage that writes it first"),
-        ("no control", do.put("profile.control", "a-b"), "outputs/export/a-b-0/model.onnx does not exist: run the stage"),
+        ("no control", do.put("profile.control", "a-b"), "outputs/export/a-b-0/fp32/model.onnx does not exist: run the stage"),
         ("ONNX cut", do.halve(ONNX), f"{ONNX} is no ONNX file ("),
         ("ONNX empty", do.write(ONNX, b""), f"{ONNX} was not exported by Winnow (format 1): its metadata keys are: none"),
         (

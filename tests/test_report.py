@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import sample_records
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import lineage, report
-from pipeline.report import chart, page, rows, table
+from pipeline.report import chart, page, rows, table, tradeoff, usage
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 coordinate = st.one_of(st.none(), st.integers(0, 4).map(float))
@@ -74,7 +75,7 @@ def test_means_and_sample_deviations_over_two_seeds_are_those_by_hand():
         assert mean.values[key] == pytest.approx((one[key] + two[key]) / 2)
         assert mean.spread[key] == pytest.approx(abs(one[key] - two[key]) / math.sqrt(2), abs=1e-12)  # n - 1 = 1
     assert "latency_cpu_b1_ci_low_ms" not in mean.values
-    assert f"{100 * mean.values['accuracy_onnx']:.2f} % ± 0.20" in table.text(made.means, table.columns(made))
+    assert f"{100 * mean.values['accuracy_onnx']:.2f} % ± 0.20" in table.text(made, made.means, table.columns(made))
 
 
 def test_each_seed_is_compared_with_the_control_of_its_own_seed():
@@ -108,8 +109,8 @@ def test_what_was_not_measured_is_said_with_its_reason_and_never_zero(records):
     assert "provider cuda absent (onnxruntime finds no CUDA device)" in text
     shown = page.render(made)
     assert "no record of the stage profile for restart-diet-0" in shown and "not measured" in shown
-    assert "restart-diet-0,restart,diet,0,1,0,0.975," in report.as_csv(made)
-    assert ",22140,,0.10056,,,," in report.as_csv(made)  # no macs, no latencies
+    assert "restart-diet-0,restart,diet,0,fp32,1,0,0,0.975," in report.as_csv(made)
+    assert ",22140,,0.10056,,0.0,,,," in report.as_csv(made)  # no macs, no latencies
 
 
 def test_a_mean_lacks_what_any_seed_lacks():
@@ -120,7 +121,7 @@ def test_a_mean_lacks_what_any_seed_lacks():
 
 def test_records_of_other_variants_and_seeds_are_left_out_and_the_grid_gives_the_order():
     records = sample_records.grid((0, 1), compress=("none", "diet", "old"))
-    chosen = lineage.select(records, ["restart", "finetune"], ["diet", "none"], [0])
+    chosen = lineage.select(records, ["restart", "finetune"], ["diet", "none"], [0], ["fp32"])
     names = [chain.name for chain in lineage.chains(chosen)]
     assert names == ["restart-diet-0", "restart-none-0", "finetune-diet-0", "finetune-none-0"]
     assert list(lineage.chains(chosen)[0].records) == list(lineage.STAGES)
@@ -137,7 +138,7 @@ def test_parameters_are_named_as_in_params_yaml_and_a_conflict_keeps_both(record
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8))
 def test_every_pick_is_on_a_front(figures):
     made = [
-        rows.Row(f"r{i}", "c", 0, {"accuracy_onnx": a / 10, "size_mb": float(s), "latency_cpu_b1_p50_ms": float(t)}, False)
+        rows.Row(f"r{i}", "c", 0, "fp32", {"accuracy_onnx": a / 10, "size_mb": float(s), "latency_cpu_b1_p50_ms": float(t)}, False)
         for i, (a, s, t) in enumerate(figures)
     ]
     chosen = rows.picks(rows.Report([], made, [], ["cpu_b1"], {}))
@@ -190,8 +191,9 @@ def test_the_page_is_well_formed_and_loads_nothing(seeds):
     assert {link[1:] for link in links if link and link.startswith("#")} <= set(identities)
     events = [event for chain in made.chains for record in chain.records.values() for event in record["events"] if "epoch" in event]
     narrowed = sum(len(sample_records.LAYERS) for chain in made.chains if chain.compress != "none")  # a pair of bars for each layer
-    points = 9 * 4 + len(events) + narrowed  # MACs, size, two latencies; the triangles at filter norms
-    assert sum(attributes.get("class") == "point" for _, attributes in parsed.elements) == points
+    faster = 2 * sum(not row.control for row in made.rows)  # a bar for each setting
+    points = 2 * 9 * 4 + len(events) + narrowed + faster  # MACs, size, two latencies, wide and narrow; triangles at filter norms
+    assert sum("point" in (attributes.get("class") or "").split() for _, attributes in parsed.elements) == points
 
 
 HOSTILE = "<script>alert(1)</script>\"' onload='x' $title"
@@ -247,16 +249,18 @@ def test_a_grid_whose_last_stages_never_ran_is_still_reported(tmp_path: Path):
 
 def test_the_terminal_table_has_one_aligned_line_a_variant(records):
     made = rows.build(records)
-    lines = table.text(made.rows, table.columns(made)).splitlines()
+    lines = table.text(made, made.rows, table.columns(made)).splitlines()
     assert len(lines) == 2 + 9 and len({len(line) for line in lines}) == 1
-    assert lines[2].startswith("finetune-none-0 *") and "98.05 %" in lines[2]
+    assert re.match(r"finetune-none-0 \* +fp32 +98.05 %", lines[2])
 
 
 def test_the_markdown_table_has_as_many_cells_in_every_line():
     text = table.markdown(rows.build(sample_records.grid((0, 1))))
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert [len(block) for block in blocks] == [2 + 9, 2 + 18]
-    assert all(len({line.count("|") for line in block}) == 1 for block in blocks)
+    assert [len(block) for block in blocks] == [2 + 9, 2 + 18, 2 + 18, 2 + 18]  # means; all; along the chain; with intervals
+    for block in blocks:
+        bars = [[place for place, sign in enumerate(line) if sign == "|"] for line in block]
+        assert all(places == bars[0] for places in bars), "aligned"
 
 
 def test_the_code_on_the_page_classifies_pixels_with_an_exported_file(tmp_path: Path):
@@ -265,7 +269,7 @@ def test_the_code_on_the_page_classifies_pixels_with_an_exported_file(tmp_path: 
     path.write_bytes(sample_records.onnx_bytes())
     pixels = np.random.default_rng(0).integers(0, 256, (5, 1, 4, 4), dtype=np.uint8)
     names: dict[str, Any] = {"path": path, "pixels": pixels}
-    exec(page.LOAD + page.ANSWERS["classify"], names)  # the text that the page shows
+    exec(usage.TENSORS + usage.ANSWERS["classify"], names)  # the text that the page shows
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     expected = session.run(None, {"images": ((pixels / 255 - 0.25) / 0.5).astype(np.float32)})[0]
     assert np.allclose(names["logits"], expected, rtol=1e-5)
@@ -273,10 +277,11 @@ def test_the_code_on_the_page_classifies_pixels_with_an_exported_file(tmp_path: 
 
 
 def test_no_marker_hides_another():
-    points = [chart.Point(f"p{i}", x, 0.9, 0, i, False, []) for i, x in enumerate((1.0, 1.0, 1.0001, 2.0))]
-    drawn = chart.scatter(points, "x", "y", 1.0)
-    places = [float(left) for left in re.findall(r'tabindex.*?<path d="M([\d.]+) ', drawn)]
-    assert len(places) == 4 and min(abs(a - b) for i, a in enumerate(places) for b in places[:i]) > 7
+    points = [tradeoff.Point(f"p{i}", x, 0.9, 0, i, False, []) for i, x in enumerate((1.0, 1.0, 1.0001, 2.0))]
+    for layout in tradeoff.MARGINS:
+        drawn = tradeoff.scatter(points, "x", "y", 1.0, layout)
+        places = [float(left) for left in re.findall(r'<circle class="reach" cx="([\d.]+)"', drawn)]
+        assert len(places) == 4 and min(abs(a - b) for i, a in enumerate(places) for b in places[:i]) > 2 * tradeoff.SIZE
 
 
 @pytest.mark.parametrize("values", [[0.2, 3.1], [97.0, 97.0], [1e3, 9e6], [0.5], [-2.0, 5.0]])
@@ -291,21 +296,27 @@ def test_axes_hold_all_values_and_their_ticks_are_round_and_inside(values):
 def test_the_stage_reports_the_present_grid_alone(tmp_path: Path, monkeypatch, capsys):
     from stages import report as stage
 
-    small = sample_records.grid((0, 1), ("finetune", "restart"), ("none", "diet"))
+    small = sample_records.grid((0, 1), ("finetune", "restart"), ("none", "diet"), ("fp32", "int8"))
     sample_records.write(small, tmp_path / "outputs")
-    (tmp_path / "params.yaml").write_text("seed: [0]\nvariants: {revive: [finetune], compress: [none, diet]}\n")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params |= {"seed": [0], "variants": {"revive": ["finetune"], "compress": ["none", "diet"]}}
+    params["export"]["precisions"] = ["fp32"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "outputs/champion").mkdir()
+    (tmp_path / "outputs/champion/champion.json").write_text(json.dumps({"champion": "finetune-diet-0", "reason": "so"}))
     monkeypatch.chdir(tmp_path)
     stage.main()
     assert list(json.loads(Path("outputs/report/metrics.json").read_text())) == ["finetune-none-0", "finetune-diet-0"]
     told = capsys.readouterr().out
-    assert "finetune-diet-0" in told and "restart" not in told and "outputs/report/index.html" in told
+    assert "finetune-diet-0 ★" in told and "restart" not in told and "outputs/report/index.html" in told
+    assert "★ the champion: so" in told and "int8" not in told
 
 
 def test_the_fastest_is_found_by_paired_ratios_and_the_more_accurate_on_a_tie():
+    keys = ("accuracy_onnx", "size_mb", "latency_cpu_b1_p50_ms", "speedup_cpu_b1")
     timed = ((0.8, 0.0385, 1.54), (0.86, 0.0400, 1.54), (0.9, 0.0600, 1.0))  # the first's process ran a little faster
     made = [
-        rows.Row(f"r{i}", "c", 0, {"accuracy_onnx": a, "size_mb": 1.0, "latency_cpu_b1_p50_ms": t, "speedup_cpu_b1": s}, False)
-        for i, (a, t, s) in enumerate(timed)
+        rows.Row(f"r{i}", "c", 0, "fp32", dict(zip(keys, (a, 1.0, t, s), strict=True)), False) for i, (a, t, s) in enumerate(timed)
     ]
     assert rows.picks(rows.Report([], made, [], ["cpu_b1"], {}))["fastest"] is made[1]
 
@@ -315,6 +326,6 @@ def test_a_time_that_stayed_noisy_is_marked_in_the_table_and_in_the_mean():
     noisy = next(r for r in records if (r["stage"], r["variant"]) == ("profile", "finetune-diet-1"))
     noisy["events"].append({"kind": "latency", "provider": "cpu", "batch": 32, "stable": False})
     text = table.markdown(rows.build(records))
-    marked = [line for line in text.splitlines() if "| ~" in line]
-    assert [line.split("|")[1].strip() for line in marked] == ["finetune-diet", "finetune-diet-1"]
+    marked = [line for line in text.splitlines() if re.search(r"\| +~", line)]
+    assert [line.split("|")[1].strip() for line in marked] == ["finetune-diet", "finetune-diet-1", "finetune-diet-1"]
     assert all(line.count("~") == 2 for line in marked)  # the latency and the speed-up at batch 32, not at batch 1

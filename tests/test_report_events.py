@@ -21,7 +21,7 @@ def chain_of(revive: str, records: list[dict[str, Any]] | None = None) -> lineag
 
 
 def deep_chain() -> lineage.Chain:
-    return lineage.Chain("evolve", "none", 0, {"revive": DEEP})
+    return lineage.Chain("evolve", "none", 0, "fp32", {"revive": DEEP})
 
 
 def drawn(svg: str | None) -> ElementTree.Element:
@@ -116,7 +116,7 @@ def test_what_no_table_of_layers_holds_is_outlined_and_events_without_layers_lea
     assert [e.get("class") for e in drawn(heat.layers(found)).iter("rect") if e.find("title") is not None] == ["full"]
     nothing = sample_records.record("train", "0", events=events[:1], layers=[])
     assert [drawn(heat.layers(found)).tag for found in edits.treated(nothing)] == ["svg"]
-    text = section.render(lineage.Chain("r", "c", 0, {"train": nothing}))
+    text = section.render(lineage.Chain("r", "c", 0, "fp32", {"train": nothing}))
     assert "train, k: layer by layer: no layer was touched." in text and "<svg" not in text
 
 

@@ -122,7 +122,7 @@ def test_triangles_can_be_reached_and_tell_what_happened():
 
 
 def test_very_many_events_share_triangles_and_none_is_lost():
-    root = drawn(story.filters(lineage.Chain("evolve", "none", 0, {"revive": sample_records.deep(199, 109)})))
+    root = drawn(story.filters(lineage.Chain("evolve", "none", 0, "fp32", {"revive": sample_records.deep(199, 109)})))
     points = [e for e in root.iter("g") if e.get("class") == "point"]
     told = [(e.findtext("title") or "").split("\n") for e in points]
     counted = sum(len(lines) - 1 + int(lines[-1].split()[1]) if lines[-1].startswith("and ") else len(lines) for lines in told)

@@ -32,7 +32,7 @@ def test_the_chain_runs_from_data_to_a_proven_onnx_file(method: str, tmp_path: P
         outputs = tmp_path / "outputs"
         records = [files.read_json(outputs / folder / "record.json") for folder in ("train/0", "revive/again-0")]
         network, _ = checkpoint.load(outputs / "collapse/again-none-0/model")
-        exported = files.read_json(outputs / "export/again-none-0/record.json")["metrics"]
+        exported = files.read_json(outputs / "export/again-none-0/fp32/record.json")["metrics"]
     assert type(network).__name__ == "CifarQuick"
     assert exported["test_accuracy"] == exported["torch_test_accuracy"] and exported["top1_agreement"] == 1
     for record, key in zip(records, ("train", "revive"), strict=True):

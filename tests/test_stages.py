@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -35,6 +37,7 @@ DATA = "outputs/prepare/data"
 EVERY_RECORD = {"outputs/prepare/record.json"} | {
     f"outputs/{stage}" for stage in ("train", "revive", "compress", "collapse", "export", "profile")
 }
+CHAMPION = "outputs/champion/champion.json"
 # What each stage takes beside source files.
 TAKEN: dict[str, set[str]] = {
     "check": {"params.yaml"},
@@ -49,12 +52,15 @@ TAKEN: dict[str, set[str]] = {
     "profile": {
         "outputs/hardware/hardware.json",
         f"outputs/collapse/{VARIANT}/model",
-        f"outputs/export/{VARIANT}/model.onnx",
-        "outputs/export/${profile.control}-${item.seed}/model.onnx",
+        f"outputs/export/{VARIANT}",
+        "outputs/export/${profile.control}-${item.seed}/fp32/model.onnx",
     },
-    "report": EVERY_RECORD | {"pipeline/report/page.html"},
-    "track": EVERY_RECORD | {"outputs/report"},
+    "champion": EVERY_RECORD,
+    "repository": EVERY_RECORD | {CHAMPION},
+    "report": EVERY_RECORD | {CHAMPION, *(f"pipeline/report/page.{kind}" for kind in ("html", "css", "js"))},
+    "track": EVERY_RECORD | {CHAMPION, "outputs/report"},
 }
+GRID = ("seed", "variants", "export.precisions")
 PARAMETERS: dict[str, set[str]] = {
     "prepare": {"data"},
     "coverage": {"model", "train", "variants", "revive", "compress"},
@@ -63,33 +69,39 @@ PARAMETERS: dict[str, set[str]] = {
     "compress": {"compress.${item.compress}", "augment", "runtime"},
     "collapse": {"augment", "runtime"},
     "export": {"export", "runtime"},
-    "profile": {"profile"},
-    "report": {"seed", "variants", "profile.control"},
-    "track": {"seed", "variants", "tracking"},
+    "profile": {"profile", "export.precisions"},
+    "champion": {*GRID, "champion"},
+    "repository": {*GRID, "repository"},
+    "report": {*GRID, "profile.control"},
+    "track": {*GRID, "tracking"},
 }
 # From the ground up: a module imports from its own floor and from lower ones.
 GROUND = "errors files config hardware methods layers channels hooks evaluation progress resume records data models grid lineage "
 GROUND += "export inference measure latency expansion branches averaging tracing filters precision weights operators involution "
-GROUND += "redirect channel_ids ecdm tasks scores pictures conventions "
+GROUND += "redirect channel_ids ecdm tasks scores pictures conventions deployment precisions quantization pictures_form profiling "
 SURGERY = "coverage surgery structure costs families budget removal grouping selection allocation latency_budget sensitivity "
 SURGERY += "masking takeover"
+SHIPPED = "champion shipping repository triton_config model_card card_figures asking "
+SHIPPED += "report tracking tracking_model tracking_registry tracking_server"
 FLOORS = [
     set(GROUND.split()),
-    set(f"{SURGERY} training overparameterize revive report tracking tracking_model tracking_server".split()),
+    set(f"{SURGERY} {SHIPPED} training overparameterize revive".split()),
     {"checkpoint", "compress", "compression", "chain", "first_training", "certificate", "distillation"},
     {"stages"},
 ]  # fmt: skip
 
 
 def test_every_stage_of_the_chain_is_compared() -> None:
-    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "ui", "code"}
+    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "ui", "code", "method", "serve", "ask"}
     named = {name for name, command in COMMANDS.items() if command[:2] == ["python", "-m"] and name not in BUNDLES}
     assert named == scripts == set(TAKEN)
     for name, stage in BUNDLES.items():
         assert STAGES[name]["cmd"] == f"python -m stages.code {stage}" and STAGES[name]["outs"] == [f"outputs/code/{stage}.txt"]
     for name, command in ((name, command) for name, command in COMMANDS.items() if name not in BUNDLES):
         assert command[2] == f"stages.{name}"
-        assert {word.strip("${}").removeprefix("item.") for word in command[3:]} == set(STAGES[name].get("matrix", {}))
+        matrix = list(STAGES[name].get("matrix", {}))
+        assert command[3:] in ([], ["${item}"], ["${item.seed}"]) and bool(command[3:]) == bool(matrix)
+        assert matrix == list(inspect.signature(importlib.import_module(f"stages.{name}").main).parameters)
     assert set(STAGES) - named - set(BUNDLES) == {"revive-method", "compress-method"}
 
 
@@ -128,7 +140,7 @@ def test_what_a_stage_takes_is_what_another_one_makes() -> None:
     made = [out for stage in STAGES.values() for out in stage.get("do", stage).get("outs", [])]
     outs = {next(iter(out)) if isinstance(out, dict) else out for out in made}
     assert len(outs) == sum(len(stage.get("do", stage).get("outs", [])) for stage in STAGES.values())
-    control = "outputs/export/${profile.control}-${item.seed}/model.onnx"
+    control = "outputs/export/${profile.control}-${item.seed}/fp32/model.onnx"
     for taken in {path for path in set().union(*TAKEN.values()) if path.startswith("outputs/")} - {control}:
         assert any(out == taken or out.startswith(f"{taken}/") or taken.startswith(f"{out}/") for out in outs), taken
 
@@ -138,7 +150,7 @@ def test_a_block_takes_a_copy_of_its_methods_file_alone(family: str) -> None:
     stage = STAGES[f"{family}-method"]
     source, copy = f"pipeline/{family}/${{item.method}}.py", f"outputs/methods/{family}-${{key}}.py"
     assert stage["foreach"] == f"${{{family}}}"
-    assert stage["do"]["cmd"] == f"mkdir -p outputs/methods && cp {source} {copy}"
+    assert stage["do"]["cmd"] == 'python -m stages.method "$DVC_STAGE"'
     assert stage["do"]["deps"] == ["outputs/check/passed.json", source] and stage["do"]["outs"] == [copy]
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import small_chain
-from small_chain import call, parameters, write_parameters
+from small_chain import call, parameters, record, write_parameters
 
-from pipeline.report import page
+from pipeline.report import usage
 from pipeline.scores import NAMES
 
 VARIANTS = {"segment": ("none", "diet"), "depth": ("diet",)}  # the export of a U-Net takes its time
@@ -41,13 +41,9 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         words = [("check",), ("prepare",), ("coverage",), ("train", "0"), ("revive", "finetune", "0")]
         own = ("compress", "collapse", "export", "profile")
         words += [(stage, "finetune", name, "0") for name in VARIANTS[request.param] for stage in own]
-        for each in [*words, ("report",)]:
+        for each in [*words, ("champion",), ("repository",), ("report",)]:
             assert call(*each) == 0, each
         yield request.param
-
-
-def record(stage: str, variant: str) -> dict[str, Any]:
-    return json.loads(Path(f"outputs/{stage}/{variant}/record.json").read_text())
 
 
 def test_every_stage_calls_the_score_by_its_name_and_proves_it(built: str) -> None:
@@ -66,10 +62,10 @@ def test_every_stage_calls_the_score_by_its_name_and_proves_it(built: str) -> No
 
 
 def test_the_file_answers_every_pixel_as_the_page_says(built: str) -> None:
-    path = "outputs/export/finetune-diet-0/model.onnx"
+    path = "outputs/export/finetune-diet-0/fp32/model.onnx"
     targets, pixels = (np.load(f"outputs/prepare/data/test_{kind}.npy") for kind in ("targets", "images"))
     found: dict[str, Any] = {"path": path, "pixels": pixels.transpose(0, 3, 1, 2)}
-    exec(page.LOAD + page.ANSWERS[built], found)
+    exec(usage.TENSORS + usage.ANSWERS[built], found)
     answers = found["answers"]
     assert answers.shape == targets.shape and found["facts"]["task"] == built
     metrics = record("export", "finetune-diet-0")["metrics"]
@@ -86,7 +82,7 @@ def test_the_page_shows_pictures_and_the_record_stays_small(built: str) -> None:
     text = Path("outputs/report/index.html").read_text()
     assert text.count("data:image/png;base64,") == 6 * (3 + 4 if built == "segment" else 3)  # beside a control, or alone
     assert f"{NAMES[built].title}" in text and "accuracy" not in text.lower()
-    assert Path("outputs/export/finetune-diet-0/record.json").stat().st_size < 110_000
+    assert Path("outputs/export/finetune-diet-0/fp32/record.json").stat().st_size < 110_000
 
 
 def test_what_does_not_fit_the_task_is_refused_before_training(built: str, capfd: pytest.CaptureFixture[str]) -> None:

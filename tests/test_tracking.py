@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sample_records
 
-from pipeline.config import Tracking
+from pipeline.deployment import Tracking
 from pipeline.errors import InputError
 from pipeline.tracking import Published, publish
 
@@ -28,10 +28,11 @@ STAGES = ["prepare", "train", "revive", "compress", "collapse", "export", "profi
 PUBLISH = """
 import json, sys
 from pathlib import Path
-from pipeline.config import Tracking
+from pipeline.deployment import Tracking
 from pipeline.tracking import publish
 records = json.loads(Path(sys.argv[1], "records.json").read_text())
-done = publish(records, Path(sys.argv[1], "outputs"), Tracking(experiment="first", timeout_s=5), sys.argv[2])
+decision = {"champion": None, "reason": "no rule"}
+done = publish(records, Path(sys.argv[1], "outputs"), Tracking(experiment="first", timeout_s=5), sys.argv[2], decision)
 print(done.added, done.unchanged)
 """
 
@@ -47,7 +48,8 @@ class Store:
         self.folder, self.outputs, self.uri = folder, folder / "outputs", f"sqlite:///{folder / 'mlflow.db'}"
 
     def publish(self, name: str, records: list[dict[str, Any]]) -> Published:
-        return publish(records, self.outputs, Tracking(experiment=name, timeout_s=5), self.uri)
+        decision = {"champion": None, "reason": "no rule"}
+        return publish(records, self.outputs, Tracking(experiment=name, timeout_s=5), self.uri, decision)
 
     @property
     def client(self) -> Any:
@@ -119,7 +121,7 @@ def test_a_variants_run_has_every_parameter_of_its_chain(store):
     chain = [entry for entry in small_grid() if "none" not in entry["variant"]]
     assert len(chain) == len(STAGES)
     expected = {key: value for entry in chain for key, value in leaves(entry["parameters"]).items()}
-    assert parameters.keys() == expected.keys()
+    assert parameters.keys() == expected.keys() | {"precision"} and parameters["precision"] == "fp32"
     for key, value in expected.items():
         assert parameters[key] == (value if isinstance(value, str) else json.dumps(value))
 
@@ -129,7 +131,7 @@ def test_a_variants_run_has_its_final_metrics_under_the_same_few_names(store):
     profile = next(e for e in small_grid() if (e["stage"], e["variant"]) == ("profile", "finetune-diet-0"))["metrics"]
     found = tops["finetune-diet-0"].data.metrics
     timed = {f"{kind}_cpu_b{batch}{end}" for kind, end in (("latency", "_ms"), ("speedup", "")) for batch in (1, 32)}
-    assert found.keys() == {"accuracy", "error_percent", "macs", "size_mb", "parameters"} | timed
+    assert found.keys() == {"accuracy", "error_percent", "validation_accuracy", "macs", "size_mb", "parameters"} | timed
     assert found.keys() == tops["finetune-none-0"].data.metrics.keys()
     assert (found["accuracy"], found["error_percent"]) == (pytest.approx(0.9805 - 0.0139), pytest.approx(3.34))
     assert (found["macs"], found["latency_cpu_b32_ms"]) == (profile["macs"], profile["latency_cpu_b32_p50_ms"])
@@ -148,7 +150,7 @@ def test_runs_name_their_origin(store):
     top = store.tops("first")["finetune-diet-0"]
     tags, record = top.data.tags, small_grid()[0]
     assert tags["mlflow.source.git.commit"] == tags["winnow.commit"] == record["commit"]
-    assert (tags["revive"], tags["compress"], tags["seed"]) == ("finetune", "diet", "0")
+    assert [tags[key] for key in ("revive", "compress", "seed", "precision")] == ["finetune", "diet", "0", "fp32"]
     assert tags["winnow.data"] == record["data"]
     assert re.fullmatch("[0-9a-f]{64}", tags["winnow.fingerprint"])
     (dataset,) = top.inputs.dataset_inputs
@@ -182,11 +184,13 @@ def test_the_logged_model_is_the_exported_file_with_a_signature(store, monkeypat
     top = store.tops("first")["finetune-diet-0"]
     monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", store.uri)
     info = mlflow.models.get_model_info(f"runs:/{top.info.run_id}/model")
-    assert [(spec.name, spec.shape) for spec in info.signature.inputs.inputs] == [("images", (-1, 1, 4, 4))]
-    assert [(spec.name, spec.shape) for spec in info.signature.outputs.inputs] == [("logits", (-1, 3))]
+    described = [(spec.name, spec.type.name, spec.shape) for spec in info.signature.inputs.inputs]
+    assert described == [("pictures", "uint8", (-1, -1, -1, 1))]
+    assert [(spec.name, spec.shape) for spec in info.signature.outputs.inputs] == [("probabilities", (-1, 3)), ("logits", (-1, 3))]
+    assert json.loads(info.metadata["classes"]) == ["zero", "one", "two"]
     proto = mlflow.onnx.load_model(f"runs:/{top.info.run_id}/model")
-    images = {"images": np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32)}
-    file = store.outputs / "export" / "finetune-diet-0" / "model.onnx"
+    images = {"pictures": np.random.default_rng(0).integers(0, 256, (3, 5, 7, 1), dtype=np.uint8)}
+    file = store.outputs / "export" / "finetune-diet-0" / "fp32" / "pictures.onnx"
     expected, found = (
         onnxruntime.InferenceSession(m, providers=["CPUExecutionProvider"]) for m in (file, proto.SerializeToString())
     )
@@ -228,11 +232,11 @@ def test_a_changed_record_replaces_its_variant_alone_and_links_stay_alive(store)
 
 def test_a_publication_that_broke_off_is_repaired(store):
     records = small_grid()
-    path = store.outputs / "export" / "finetune-diet-0" / "model.onnx"
+    path = store.outputs / "export" / "finetune-diet-0" / "fp32" / "pictures.onnx"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     try:
-        with pytest.raises(InputError, match="model.onnx is no ONNX file"):
+        with pytest.raises(InputError, match="pictures.onnx is no ONNX file"):
             store.publish("broken", records)
     finally:
         path.write_bytes(whole)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import sample_records
+import yaml
 
-from pipeline import tracking_server
-from pipeline.config import Tracking
+from pipeline import files, tracking_server
+from pipeline.deployment import Tracking
 from pipeline.errors import InputError
 from pipeline.tracking import Unreachable, publish
 from pipeline.tracking_server import shown
@@ -28,19 +29,19 @@ def test_a_closed_port_is_unreachable(scheme, tmp_path):
     with silent_server() as server:
         port = server.getsockname()[1]
     with pytest.raises(Unreachable, match=f"127.0.0.1:{port}"):
-        publish([], tmp_path, Tracking(experiment="x", timeout_s=2), f"{scheme}://user:secret@127.0.0.1:{port}")
+        publish([], tmp_path, Tracking(experiment="x", timeout_s=2), f"{scheme}://user:secret@127.0.0.1:{port}", {})
 
 
 def test_a_server_that_never_answers_is_given_up_within_a_minute(tmp_path):
     start = time.monotonic()
     with silent_server() as server, pytest.raises(Unreachable, match="does not answer"):
-        publish([], tmp_path, Tracking(experiment="x", timeout_s=1), f"http://127.0.0.1:{server.getsockname()[1]}")
+        publish([], tmp_path, Tracking(experiment="x", timeout_s=1), f"http://127.0.0.1:{server.getsockname()[1]}", {})
     assert time.monotonic() - start < 60
 
 
 def test_no_address_is_a_mistake_of_the_users(tmp_path):
     with pytest.raises(InputError, match="no address"):
-        publish([], tmp_path, Tracking(experiment="x", timeout_s=1), "http://:99999")
+        publish([], tmp_path, Tracking(experiment="x", timeout_s=1), "http://:99999", {})
 
 
 def test_addresses_are_shown_without_passwords():
@@ -52,8 +53,10 @@ def test_the_stage_ends_well_without_a_server_and_says_how_to_publish_later(tmp_
     from stages import track
 
     sample_records.write(sample_records.grid((0,), ("finetune",), ("diet",)), tmp_path / "outputs")
-    text = "seed: [0]\nvariants: {revive: [finetune], compress: [diet]}\ntracking: {experiment: winnow, timeout_s: 2}\n"
-    (tmp_path / "params.yaml").write_text(text)
+    files.write_json(tmp_path / "outputs" / "champion" / "champion.json", {"champion": None, "reason": "no rule"})
+    params = yaml.safe_load(Path("params.yaml").read_text()) | {"tracking": {"experiment": "winnow", "timeout_s": 2}}
+    params |= {"variants": {"revive": ["finetune"], "compress": ["diet"]}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     with silent_server() as server:
         port = server.getsockname()[1]

@@ -119,13 +119,13 @@ class Batches:
             self._middle = [views.padded(weights, augment).to(self.device) for weights in middle]  # (h + 2p, H), (w + 2p, W)
         self._pixels: Tensor | None = None
         if prepared.storage == "memory":
-            pixels = torch.from_numpy(np.load(prepared.folder / f"{split}_images.npy")).to(self.device)
+            pixels = torch.from_numpy(np.load(prepared.folder / f"{split}_images.npy", allow_pickle=False)).to(self.device)
             self._pixels = pixels if self._resampled else views.pad(pixels, augment)
         else:
             self._files = _listed(prepared, split)
         self._targets: Targets | None = None
         if prepared.task == "classify":
-            self._labels = torch.from_numpy(np.load(prepared.folder / f"{split}_labels.npy")).to(self.device)
+            self._labels = torch.from_numpy(np.load(prepared.folder / f"{split}_labels.npy", allow_pickle=False)).to(self.device)
         else:
             path, memory = prepared.folder / f"{split}_targets.npy", prepared.storage == "memory"
             self._targets = Targets(path, memory, self.device, augment, self._resampled)
@@ -240,6 +240,8 @@ def _listed(prepared: Prepared, split: str) -> stream.Files:
         whole = len(paths) == len(lengths) == prepared.counts[split]
     except (KeyError, TypeError) as error:
         raise _damaged(path, repr(error)) from None
+    if not all(isinstance(name, str) and name[:1] != "/" and ".." not in name.split("/") for name in paths):
+        raise _damaged(path, f"it lists files outside {prepared.root}")
     if not whole:
         raise _damaged(path, f"it does not list {prepared.counts[split]} files")
     return stream.Files(prepared.root, paths, lengths, prepared.stored[0], prepared.stored[1])

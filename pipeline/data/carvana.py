@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Data
+from pipeline.data import stream
 from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
@@ -44,7 +45,7 @@ def load(options: Data) -> Source:
 def read_mask(path: Path) -> np.ndarray:
     """The mask in a file as uint8 (H, W) of 0 and 1."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=stream.FORMATS) as image:
             return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise InputError(f"{path} cannot be read as a mask ({error}): unpack train_masks.zip again") from None

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Data
+from pipeline.data import stream
 from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
@@ -34,7 +35,7 @@ def load(options: Data) -> Source:
 def read_depth(path: Path) -> np.ndarray:
     """The depth in a file as float32 (H, W), in metres."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=stream.FORMATS) as image:
             mode, values = image.mode, np.asarray(image)
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise InputError(f"{path} cannot be read as a depth ({error}): unpack nyu_data.zip again") from None
@@ -58,6 +59,8 @@ def _pairs(home: Path, path: Path) -> Split:
         names = [name.strip() for name in line.split(",")]
         if len(names) != 2:
             raise InputError(f"{path}, line {number}: {line[:60]!r} is not a photograph, a comma and a depth")
+        if away := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise InputError(f"{path}, line {number}: {away[0]} leads out of {home}: only what lies in it is read")
         if absent := [name for name in names if not (home / name).is_file()]:
             raise InputError(f"{path}, line {number}: there is no {home / absent[0]}")
         images.append(names[0])

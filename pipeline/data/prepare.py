@@ -187,7 +187,7 @@ def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[st
     for name, split in source.splits.items():
         if source.task == "classify":
             with (out / f"{name}_labels.npy").open("wb") as file:
-                np.save(file, split.labels)
+                np.save(file, split.labels, allow_pickle=False)
             digest.update(split.labels.astype("<i8").tobytes())
         else:
             targets.write(source, layout.size, (height, width), name, out, digest)

@@ -1,22 +1,23 @@
-"""Raw data by name: each loader reads what is on the disk (or lets torchvision fetch it) and checks all of it.
-
-CIFAR's own files are Python pickles written by its authors; torchvision reads them only after their MD5 matched.
-Nothing else here unpickles anything.
-"""
+"""Raw data by name: each loader reads what is on the disk, or fetches it, and checks all of it. Nothing is unpickled."""
 
 from collections.abc import Callable
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.config import Data
-from pipeline.data import carvana, folders, nyu_v2, scenes, tiny_imagenet
+from pipeline.data import carvana, cifar, fashion_mnist, folders, nyu_v2, scenes, tiny_imagenet
 from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+LIMIT = 2**32  # bytes of an .npz file's arrays, unpacked
 KRIZHEVSKY = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; no licence stated"
+
+Found = TypeVar("Found")
 
 
 def load(options: Data) -> Source:
@@ -36,16 +37,19 @@ def _digits(options: Data) -> Source:
 
 def _fashion_mnist(options: Data) -> Source:
     """Xiao et al. 2017: 60000 + 10000 greyscale 28x28, the idx files in root/FashionMNIST/raw."""
-    splits, classes = _torchvision("FashionMNIST", options, (28, 28, 1))
-    return Source(classes, splits, "Fashion-MNIST, Zalando SE, MIT licence")
+    found = _published("FashionMNIST", options, fashion_mnist.read)
+    splits = {
+        split: _checked(f"FashionMNIST in {options.root}: {split}", images[..., None], labels, (28, 28, 1), 10)
+        for split, (images, labels) in found.items()
+    }
+    return Source(fashion_mnist.CLASSES, splits, "Fashion-MNIST, Zalando SE, MIT licence")
 
 
 def _cifar10(options: Data) -> Source:
     """50000 + 10000 RGB 32x32: root/cifar-10-batches-py as torchvision keeps it, or `root` itself an .npz file."""
     if options.root.endswith(".npz"):
         return Source(CIFAR10, _npz(Path(options.root), (32, 32, 3), len(CIFAR10)), f"CIFAR-10: {KRIZHEVSKY}")
-    splits, classes = _torchvision("CIFAR10", options, (32, 32, 3))
-    return Source(classes, splits, f"CIFAR-10: {KRIZHEVSKY}")
+    return _cifar("CIFAR10", options, cifar.CIFAR10, f"CIFAR-10: {KRIZHEVSKY}")
 
 
 def _cifar100(options: Data) -> Source:
@@ -54,8 +58,16 @@ def _cifar100(options: Data) -> Source:
     if options.root.endswith(".npz"):
         classes = tuple(str(label) for label in range(100))
         return Source(classes, _npz(Path(options.root), (32, 32, 3), 100), f"CIFAR-100: {KRIZHEVSKY}")
-    splits, classes = _torchvision("CIFAR100", options, (32, 32, 3))
-    return Source(classes, splits, f"CIFAR-100: {KRIZHEVSKY}")
+    return _cifar("CIFAR100", options, cifar.CIFAR100, f"CIFAR-100: {KRIZHEVSKY}")
+
+
+def _cifar(name: str, options: Data, which: cifar.Published, licence: str) -> Source:
+    found, classes = _published(name, options, partial(cifar.read, which))
+    splits = {
+        split: _checked(f"{name} in {options.root}: {split}", images, labels, (32, 32, 3), len(classes))
+        for split, (images, labels) in found.items()
+    }
+    return Source(classes, splits, licence)
 
 
 def _npz(path: Path, size: tuple[int, int, int], classes: int) -> dict[str, Split]:
@@ -67,6 +79,8 @@ def _npz(path: Path, size: tuple[int, int, int], classes: int) -> dict[str, Spli
         with np.load(path, allow_pickle=False) as archive:
             if missing := [key for key in keys if key not in archive]:
                 raise InputError(f"{path} lacks {', '.join(missing)}; it has {', '.join(archive) or 'no arrays'}")
+            if sum(member.file_size for member in archive.zip.infolist()) > LIMIT:
+                raise InputError(f"{path} unpacks to more than {LIMIT} bytes: give one with {', '.join(keys)} alone")
             arrays = {key: archive[key] for key in keys}
     except InputError:
         raise
@@ -78,23 +92,16 @@ def _npz(path: Path, size: tuple[int, int, int], classes: int) -> dict[str, Spli
     }
 
 
-def _torchvision(name: str, options: Data, size: tuple[int, int, int]) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Train and test split of a torchvision dataset and its classes, fetched first where `options.download` allows."""
-    from torchvision import datasets
-
-    splits, classes = {}, ()
-    for split in ("train", "test"):
-        try:
-            data: Any = getattr(datasets, name)(options.root, train=split == "train", download=options.download)
-        except Exception as error:  # network, archive, checksum and pickle errors have no common class
-            hint = "check the network and the folder" if options.download else "set data.download: true"
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"data.root: {name} cannot be read from {options.root} ({reason}): {hint}") from None
-        where, images = f"{name} in {options.root}: {split}", np.asarray(data.data)
-        images = images[..., None] if images.ndim == 3 else images
-        splits[split] = _checked(where, images, np.asarray(data.targets), size, len(data.classes))
-        classes = tuple(data.classes)
-    return splits, classes
+def _published(name: str, options: Data, read: Callable[[Path, bool], Found]) -> Found:
+    """What `read` finds below `options.root`, or fetches where `options.download` allows; `InputError` where it fails."""
+    try:
+        return read(Path(options.root), options.download)
+    except InputError:
+        raise
+    except (OSError, ValueError, HTTPException) as error:
+        hint = "check the network and the folder" if options.download else "set data.download: true"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"data.root: {name} cannot be read from {options.root} ({reason}): {hint}") from None
 
 
 def _checked(where: str, images: np.ndarray, labels: np.ndarray, size: tuple[int, ...], classes: int) -> Split:

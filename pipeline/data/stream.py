@@ -17,13 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.errors import InputError
 
 GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
+# All that are read: Pillow hands others, such as EPS, to programs that run what is in them.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 WIDE = ("I", "F")  # 32 bits a pixel: nothing says which value is white
 
 
 def header(path: Path) -> tuple[int, tuple[int, int]]:
     """Channels (1 or 3) and (H, W) of an image file, not decoded; `InputError` names a file that is no image."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             mode, size = image.mode, (image.height, image.width)
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise _unreadable(path, error) from None
@@ -38,7 +40,7 @@ def decode(path: Path, content: bytes, channels: int, size: int | None) -> np.nd
     16-bit greyscale keeps its upper 8 bits. Raises `InputError` when the content is truncated or no image.
     """
     try:
-        with Image.open(BytesIO(content)) as image:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
             image.load()
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -74,7 +74,7 @@ class Targets:
 
     def __init__(self, path: Path, memory: bool, device: torch.device, augment: Augment | None, resampled: bool) -> None:
         self.device, self.augment, self.resampled = device, augment, resampled
-        self.stored = np.load(path, mmap_mode=None if memory else "r")  # (N, H, W)
+        self.stored = np.load(path, mmap_mode=None if memory else "r", allow_pickle=False)  # (N, H, W)
         self.pool: Tensor | None = self._padded(torch.from_numpy(self.stored).to(device)) if memory else None
 
     def _padded(self, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from pipeline.report import page, plots, table
 from pipeline.report.rows import ACCURACY, SOURCES, Report, build
 
 
-def write(records: Iterable[dict[str, Any]], folder: Path) -> Report:
-    """Write table.csv, table.md, metrics.json, the plots (SVG and PNG) and index.html into `folder`. Equal records give equal
-    bytes."""
-    report = build(records)
+def write(records: Iterable[dict[str, Any]], folder: Path, champion: Mapping[str, Any] | None = None) -> Report:
+    """Write table.csv, table.md, metrics.json, the plots (SVG and PNG) and index.html into `folder`; `champion` is the content of
+    champion.json. Equal records give equal bytes."""
+    report = build(records, champion)
     files.write_bytes(folder / "table.csv", as_csv(report).encode())
     files.write_bytes(folder / "table.md", table.markdown(report).encode())
     files.write_json(folder / "metrics.json", flat_metrics(report))
@@ -30,9 +30,10 @@ def as_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     titles = map(report.names.rename, [*keys, *spreads])
-    writer.writerow(["variant", "revive", "compress", "seed", "n", "control", *titles])
+    writer.writerow(["variant", "revive", "compress", "seed", "precision", "n", "control", "champion", *titles])
     for row in [*report.rows, *report.means]:
-        head = [row.name, row.revive, row.compress, "" if row.seed is None else row.seed, row.count, int(row.control)]
+        head = [row.name, row.revive, row.compress, "" if row.seed is None else row.seed, row.precision]
+        head += [row.count, int(row.control), int(report.chosen(row))]
         figures = [row.values.get(key, "") for key in keys] + [row.spread.get(key, "") for key in keys if spreads]
         writer.writerow([*head, *figures])
     return out.getvalue()
@@ -40,13 +41,14 @@ def as_csv(report: Report) -> str:
 
 def flat_metrics(report: Report) -> dict[str, dict[str, float]]:
     """Figures by variant for `dvc metrics show`: what a decision needs, what was not measured left out."""
-    latencies = [f"{kind}_{setting}{end}" for setting in report.settings for kind, end in (("latency", "_p50_ms"), ("speedup", ""))]
+    latencies = [f"{kind}_{setting}{end}" for setting in report.plain for kind, end in (("latency", "_p50_ms"), ("speedup", ""))]
     names = report.names
     keys = {ACCURACY: names.headline} | {key: key for key in (*names.beside, "parameters", "macs", "size_mb", *latencies)}
     return {row.name: {new: row.values[key] for key, new in keys.items() if key in row.values} for row in report.compared}
 
 
 def format_table(report: Report) -> str:
-    """The table for a terminal: the means where there are several seeds, then what was not measured."""
-    lines = table.text(report.compared, table.columns(report))
-    return "\n".join([lines, *table.missing_notes(report)])
+    """The table for a terminal: the means where there are several seeds, then who was chosen and what was not measured."""
+    lines = table.text(report, report.compared, table.columns(report))
+    told = table.marks(report).replace("\\", "")
+    return "\n".join([lines, *([told] if told else []), *table.missing_notes(report)])

@@ -8,39 +8,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from typing import TypeVar
 
 FALLBACK = ("#0b63a5", "#b3500a", "#0f766e", "#8a3a8f", "#7a6200", "#b0243f", "#4b5563", "#3f6212")
 SHAPES = ("circle", "square", "triangle", "diamond", "down", "cross")
-WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 84, 20, 18, 58
 Marked = TypeVar("Marked")
 SIDE = 76  # left of charts over epochs
 LETTER = 10  # width to keep free for a letter: narrow screens write larger
 MOST_LINES = 24  # below more triangles than this, lines would hide the curves
 STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:#1f2328}.grid{stroke:#d8dee4;fill:none}.front{stroke:#57606a;fill:none;"
-    "stroke-width:1.5;stroke-dasharray:5 4}.line{fill:none;stroke-width:2}.mark{stroke:#57606a;stroke-opacity:.6;"
+    "text{font:13px system-ui,sans-serif}text:not([fill]){fill:#1f2328}.grid{stroke:#d8dee4;fill:none}"
+    ".line{fill:none;stroke-width:2}.mark{stroke:#57606a;stroke-opacity:.6;"
     "stroke-dasharray:2 3}.event{fill:#57606a}.full{fill:none;stroke:#8c959f}.kept{fill:#0b63a5}.error{stroke-width:1.5}"
     ".halo{paint-order:stroke;stroke:#fff;stroke-width:3px}.dead{fill:none;stroke:#b0243f;stroke-width:1.5;"
     "stroke-dasharray:6 4}.gone{fill:#b0243f;fill-opacity:.25}.dying{stroke:#b0243f}.move{fill:#1f2328;stroke:#1f2328;"
     "stroke-width:1.5}.change{stroke:#57606a}.was{fill:#fff;stroke:#57606a}.is{fill:#0b63a5}"
 )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A variant in a scatter chart. `lines` are the tooltip's; `color` and `shape` count from 0 and repeat."""
-
-    name: str
-    x: float
-    y: float
-    color: int
-    shape: int
-    front: bool
-    lines: Sequence[str]
-    error: float = 0.0  # half the length of the vertical bar
 
 
 @dataclass(frozen=True)
@@ -94,26 +77,6 @@ def ticks(scale: Axis, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(scale.high / step + 1e-9) + 1)]
 
 
-def scatter(points: Sequence[Point], x_title: str, y_title: str, x_factor: float) -> str:
-    """Accuracy (fractions, shown in percent) against a cost (shown divided by `x_factor`); the front is joined by a line."""
-    x = axis([point.x / x_factor for point in points], LEFT, WIDTH - RIGHT, zero=True, may_log=True)
-    y = axis([100 * (point.y + side * point.error) for point in points for side in (-1, 1)], HEIGHT - BOTTOM, TOP)
-    body = _grid(x, y, WIDTH, HEIGHT, x_title, y_title)
-    front = sorted((point.x / x_factor, 100 * point.y) for point in points if point.front)
-    corners = [(x.at(a), y.at(b)) for a, b in front]
-    steps = [*corners[:1], *(corner for one, two in pairwise(corners) for corner in ((two[0], one[1]), two))]
-    body.append(f'<path class="front" d="{path(steps)}"/>')
-    spots = _side_by_side([(x.at(point.x / x_factor), y.at(100 * point.y)) for point in points])
-    placed = [(left - 9, top + 4, left + 9) for left, top in spots]  # no label on a marker
-    labels = []
-    for point, (left, top) in sorted(zip(points, spots, strict=True), key=lambda pair: not pair[0].front):
-        if point.front:
-            labels += _label(point.name, left, top, placed)
-        ends = y.at(100 * (point.y - point.error)), y.at(100 * (point.y + point.error))
-        body.append(_mark(point, left, top, ends))
-    return svg(WIDTH, HEIGHT, f"{y_title} against {x_title}", [*body, *labels])
-
-
 def curves(
     series: Sequence[Series], spans: Sequence[tuple[float, str]], marks: Sequence[tuple[float, str]], y_title: str, percent: bool
 ) -> str:
@@ -123,7 +86,7 @@ def curves(
     factor = 100 if percent else 1
     x = axis([value for line in series for value in line.x], SIDE, width - 12, zero=True)
     y = axis([factor * value for line in series for value in line.y], height - 44, 30)
-    body = _grid(x, y, width, height, "epoch", y_title)
+    body = grid(x, y, height, "epoch", y_title)
     body += stages(spans, x, height - 44) + triangles(marks, x, height - 44)
     for line in series:
         corners = [(x.at(a), y.at(factor * b)) for a, b in zip(line.x, line.y, strict=True)]
@@ -144,7 +107,7 @@ def stages(spans: Sequence[tuple[float, str]], x: Axis, bottom: float) -> list[s
         right = left[index] = min(left[index], right - widths[index])
     body = [f'<path class="grid" d="M{x.at(epoch):.1f} 4V{bottom}"/>' for epoch, _ in spans]
     for index, (at, (_, name)) in enumerate(zip(left, spans, strict=True)):
-        body.append(f'<text style="fill:{color(index)}" x="{at:.1f}" y="16">{escape(name)}</text>')
+        body.append(f'<text fill="{color(index)}" x="{at:.1f}" y="16">{escape(name)}</text>')
     return body
 
 
@@ -224,43 +187,8 @@ def shape(kind: int, x: float, y: float, r: float) -> str:
     return path([(x + r * dx, y + r * dy) for dx, dy in corners[name]]) + "z"
 
 
-def _side_by_side(spots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Positions at which no marker hides another: those within 5 units of each other stand in a row, 15 apart."""
-    groups: list[list[int]] = []
-    for index, (left, top) in enumerate(spots):
-        near = (g for g in groups if abs(spots[g[0]][0] - left) < 5 and abs(spots[g[0]][1] - top) < 5)
-        group = next(near, None)
-        if group is None:
-            groups.append([index])
-        else:
-            group.append(index)
-    shifts = {index: 15 * (place - (len(group) - 1) / 2) for group in groups for place, index in enumerate(group)}
-    return [(left + shifts[index], top) for index, (left, top) in enumerate(spots)]
-
-
-def _mark(point: Point, left: float, top: float, ends: tuple[float, float]) -> str:
-    """A marker that can be reached by keyboard: filled on the front, hollow elsewhere."""
-    paint = color(point.color)
-    bar = f'<path class="error" stroke="{paint}" d="M{left:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>' if point.error else ""
-    fill = paint if point.front else "var(--card,#fff)"
-    told = escape("\n".join([point.name, *point.lines]))
-    drawn = f'<path d="{shape(point.shape, left, top, 7)}" fill="{fill}" stroke="{paint}" stroke-width="2"/>'
-    return f'<g class="point" tabindex="0" role="img" aria-label="{told}"><title>{told}</title>{bar}{drawn}</g>'
-
-
-def _label(name: str, left: float, top: float, placed: list[tuple[float, float, float]]) -> list[str]:
-    """The name beside a marker, at the first of four places that is free, or nowhere."""
-    width = 7.2 * len(name)
-    for dx, dy in ((12, -8), (-12 - width, -8), (12, 20), (-12 - width, 20)):
-        x, y = left + dx, top + dy
-        clear = all(abs(y - other) > 15 or x > end or x + width < start for start, other, end in placed)
-        if clear and LEFT < x and x + width < WIDTH and y > TOP:
-            placed.append((x, y, x + width))
-            return [f'<text class="name" x="{x:.1f}" y="{y:.1f}">{escape(name)}</text>']
-    return []
-
-
-def _grid(x: Axis, y: Axis, width: float, height: float, x_title: str, y_title: str) -> list[str]:
+def grid(x: Axis, y: Axis, height: float, x_title: str, y_title: str) -> list[str]:
+    """Both axes of a chart of that height, with their lines, labels and titles."""
     return [*upright(x, y, y_title, [(value, f"{value:g}") for value in ticks(y)]), *level(x, y.start, x_title, height)]
 
 

@@ -36,8 +36,9 @@ def write(report: Report, folder: Path) -> None:
     with matplotlib.rc_context(SETTINGS):
         for cost in report.costs:
             _save(tradeoff(report, cost), folder / f"tradeoff-{cost}")
-        for seed in dict.fromkeys(chain.seed for chain in report.chains):
-            of_seed = [chain for chain in report.chains if chain.seed == seed]
+        trained = [group[0] for group in report.variants]  # what happened before the export is the same in all precisions
+        for seed in dict.fromkeys(chain.seed for chain in trained):
+            of_seed = [chain for chain in trained if chain.seed == seed]
             _save(curves(of_seed), folder / f"curves-{seed}")
             for name, draw in (("filters", filters), ("widths", narrowed), ("sensitivity", sensitivity)):
                 if drawn := draw(of_seed):
@@ -46,22 +47,30 @@ def write(report: Report, folder: Path) -> None:
 
 
 def tradeoff(report: Report, cost: str) -> "Figure":
-    """Accuracy against a cost: colour is the compress block, shape the revive block; the Pareto front is filled and joined."""
-    figure, axes = _figure(6.4, 4.2)
+    """Accuracy against a cost: colour is the compress block, shape the revive block, a ring tells a lower precision; the Pareto
+    front is filled and joined, a star is on the champion."""
+    figure, axes = _figure(8.4, 4.2)
     rows = [row for row in report.compared if cost in row.values and ACCURACY in row.values]
     scale = 1e6 if cost == "macs" else 1.0
     front = pareto([(row.values[cost], row.values[ACCURACY]) for row in rows])
-    revive, compress = (list(dict.fromkeys(getattr(row, axis) for row in report.rows)) for axis in ("revive", "compress"))
+    revive, compress, precision = map(report.axis, ("revive", "compress", "precision"))
     joined = sorted((row.values[cost] / scale, 100 * row.values[ACCURACY]) for row, on in zip(rows, front, strict=True) if on)
     axes.step(*zip(*joined, strict=True), where="post", color="0.4", linestyle="--", linewidth=1, zorder=1)
     for row, on_front in zip(rows, front, strict=True):
         color = COLORS[compress.index(row.compress) % len(COLORS)]
         _point(axes, row, cost, scale, color, MARKERS[revive.index(row.revive) % len(MARKERS)], on_front)
+        place, ring = (row.values[cost] / scale, 100 * row.values[ACCURACY]), precision.index(row.precision)
+        if ring:
+            axes.plot(*place, "o", markersize=9 + 3 * ring, markerfacecolor="none", color=color, markeredgewidth=0.8)
+        if report.chosen(row):
+            axes.plot(*place, "*", markersize=9, color="#9a6700", markeredgecolor="white", markeredgewidth=0.6, zorder=5)
+    for ring, name in list(enumerate(precision))[1:]:
+        axes.plot([], [], "o", markersize=9 + 3 * ring, markerfacecolor="none", color="0.4", label=f"ring: {_plain(name)}")
     unit = {"macs": "millions", "size_mb": "MB"}.get(cost, "ms")
     title = next(column.title for column in columns(report) if column.key == cost)
     axes.set(xlabel=f"{title}, {unit}", ylabel=f"test {report.names.title}, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="best", framealpha=0.8)
+    figure.legend(fontsize=7, loc="outside right upper", frameon=False)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What every variant costs and gains: one row a variant, its ratios to the control, and the Pareto front.
+"""What every variant costs and gains: one row a variant and precision, its ratios to the control, and the Pareto front.
 
 A figure that was not measured is missing in a row's `values`, never zero; `Report.why_missing` says why. Ratios are
 control / variant, so that larger is better, as a speed-up is; the change of accuracy is variant - control, as a fraction.
@@ -7,16 +7,18 @@ Over several seeds a row a variant holds the mean and the sample standard deviat
 """
 
 import math
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.lineage import Chain, chains
+from pipeline.lineage import BASE, Chain, chains, name_of
 from pipeline.scores import NAMES, Names
 
 ACCURACY = "accuracy_onnx"
 COSTS = ("macs", "size_mb")  # and every latency_..._p50_ms
+QUANTIZED = "accuracy_quantized"  # the change that the precision alone made: against the same network in fp32
 TIE = 0.02  # share by which costs may differ and count as equal: the text in an ONNX file alone makes sizes differ
 RATIOS = {"parameters_ratio": "parameters", "macs_ratio": "macs", "size_ratio": "size_mb"}
 SOURCES = {  # column: the stages that may hold it and its name there (for classes), the first found counts
@@ -34,11 +36,12 @@ SOURCES = {  # column: the stages that may hold it and its name there (for class
 
 @dataclass(frozen=True)
 class Row:
-    """One variant, or the mean of one over its seeds (`seed` None)."""
+    """One variant in one precision, or the mean of one over its seeds (`seed` None)."""
 
     revive: str
     compress: str
     seed: int | None
+    precision: str
     values: dict[str, float]
     control: bool
     count: int = 1
@@ -46,8 +49,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """restart-diet-0, or restart-diet for a mean."""
-        return "-".join((self.revive, self.compress, *([] if self.seed is None else [str(self.seed)])))
+        """restart-diet-0, restart-diet-0-int8, or restart-diet and restart-diet-int8 for means."""
+        return name_of(self.revive, self.compress, self.seed, self.precision)
+
+    def stands_for(self, chain: Chain) -> bool:
+        """Whether its figures are of that chain, alone or with those of other seeds."""
+        same = (self.revive, self.compress, self.precision) == (chain.revive, chain.compress, chain.precision)
+        return same and self.seed in (None, chain.seed)
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,11 @@ class Report:
     """Everything that the table, the plots and the page show."""
 
     chains: list[Chain]
-    rows: list[Row]  # a variant each
+    rows: list[Row]  # a variant and precision each, as `chains`
     means: list[Row]  # over the seeds; empty where there is one seed
-    settings: list[str]  # what was timed, as "cpu_b1"
+    settings: list[str]  # what was timed, as "cpu_b1", "cpu_b1_idle"
     absent: dict[str, str]  # a provider that was asked for: why it was not measured
+    champion: Mapping[str, Any] | None = None  # champion.json; None where nothing was chosen yet
 
     @property
     def names(self) -> Names:
@@ -71,9 +80,31 @@ class Report:
         return self.means or self.rows
 
     @property
+    def plain(self) -> list[str]:
+        """The settings to decide by; others, as "cpu_b1_idle", are told in the variants' stories."""
+        return [setting for setting in self.settings if re.fullmatch(r"[^_]+_b\d+", setting)]
+
+    @property
+    def variants(self) -> list[list[Chain]]:
+        """The chains of each variant, its precisions together."""
+        groups: dict[tuple[str, str, int], list[Chain]] = {}
+        for chain in self.chains:
+            groups.setdefault((chain.revive, chain.compress, chain.seed), []).append(chain)
+        return list(groups.values())
+
+    def axis(self, name: str) -> list[str]:
+        """The values of "revive", "compress" or "precision" among the rows, in the grid's order."""
+        return list(dict.fromkeys(getattr(row, name) for row in self.rows))
+
+    def chosen(self, row: Row) -> bool:
+        """Whether `row` is the champion, or its mean over the seeds."""
+        name = (self.champion or {}).get("champion")
+        return name is not None and any(chain.name == name and row.stands_for(chain) for chain in self.chains)
+
+    @property
     def costs(self) -> list[str]:
         """The columns that accuracy is traded for, those that any compared row has beside its accuracy."""
-        keys = [*COSTS, *(f"latency_{setting}_p50_ms" for setting in self.settings)]
+        keys = [*COSTS, *(f"latency_{setting}_p50_ms" for setting in self.plain)]
         return [key for key in keys if any({key, ACCURACY} <= row.values.keys() for row in self.compared)]
 
     def why_missing(self, row: Row, key: str) -> str:
@@ -82,15 +113,14 @@ class Report:
             if f"_{provider}_b" in key:
                 return f"not measured: provider {provider} absent ({reason})"
         stage, _ = SOURCES.get(RATIOS.get(key, key), [("profile", key)])[0]
-        seeds = [c for c in self.chains if (c.revive, c.compress) == (row.revive, row.compress) and row.seed in (None, c.seed)]
-        without = [chain.name for chain in seeds if stage not in chain.records]
+        without = [chain.name for chain in self.chains if row.stands_for(chain) and stage not in chain.records]
         if without:
             return f"not measured: no record of the stage {stage} for {', '.join(without)}"
         return "not measured: the control has no such figure" if key in RATIOS else "not measured"
 
 
-def build(records: Iterable[dict[str, Any]]) -> Report:
-    """Rows, means and what is missing, from the records of one grid (see `lineage.select`)."""
+def build(records: Iterable[dict[str, Any]], champion: Mapping[str, Any] | None = None) -> Report:
+    """Rows, means and what is missing, from the records of one grid (see `lineage.select`) and what champion.json says of it."""
     found = chains(records)
     profiles = [chain.records["profile"] for chain in found if "profile" in chain.records]
     control = next((p["parameters"]["profile"]["control"] for p in profiles if "profile" in p["parameters"]), None)
@@ -99,11 +129,12 @@ def build(records: Iterable[dict[str, Any]]) -> Report:
     for chain in found:
         beside = plain.get(f"{control}-{chain.seed}", {})
         values = plain[chain.name] | _ratios(plain[chain.name], beside)
-        rows.append(Row(chain.revive, chain.compress, chain.seed, values, f"{chain.revive}-{chain.compress}" == control))
+        is_control = f"{chain.revive}-{chain.compress}" == control and chain.precision == BASE
+        rows.append(Row(chain.revive, chain.compress, chain.seed, chain.precision, values, is_control))
     absent = {event["provider"]: event["reason"] for p in profiles for event in p["events"] if event["kind"] == "absent"}
     keys = dict.fromkeys(key for row in rows for key in row.values)
     settings = [key[len("latency_") : -len("_p50_ms")] for key in keys if key.startswith("latency_") and key.endswith("_p50_ms")]
-    return Report(found, rows, _means(rows), settings, absent)
+    return Report(found, rows, _means(rows), settings, absent, champion)
 
 
 def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
@@ -149,10 +180,20 @@ def _values(chain: Chain) -> dict[str, float]:
         if known:
             found[key] = known[0]
     profile = chain.records.get("profile", {})
-    noisy = [event for event in profile.get("events", []) if event["kind"] == "latency" and not event["stable"]]
-    found |= {f"unstable_{event['provider']}_b{event['batch']}": 1.0 for event in noisy}
+    loss = 0.0 if chain.precision == BASE else chain.metric("export", "loss")
+    if loss is not None and ACCURACY in found:
+        found[QUANTIZED] = 0.0 - loss
+    timings = [event for event in profile.get("events", []) if event["kind"] == "latency"]
+    noisy = [event for event in timings if not event["stable"] and event.get("mode") != "idle"]  # few calls: wide by nature
+    found |= {f"unstable_{timing(event)}": 1.0 for event in noisy}
     timed = profile.get("metrics", {})
     return found | {key: value for key, value in timed.items() if key.startswith(("latency_", "speedup_", "throughput_"))}
+
+
+def timing(event: Mapping[str, Any]) -> str:
+    """The setting of a latency event, as in the names of its metrics: cpu_b1, cpu_b1_idle."""
+    name = f"{event['provider']}_b{event['batch']}"
+    return f"{name}_{event['mode']}" if event.get("mode") else name
 
 
 def _ratios(values: dict[str, float], control: dict[str, float]) -> dict[str, float]:
@@ -166,14 +207,15 @@ def _means(rows: list[Row]) -> list[Row]:
     """Means over the seeds; a figure that any seed lacks is missing in the mean. Intervals within one run are not averaged."""
     if len({row.seed for row in rows}) < 2:
         return []
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.revive, row.compress), []).append(row)
+        groups.setdefault((row.revive, row.compress, row.precision), []).append(row)
     result = []
-    for (revive, compress), group in groups.items():
+    for (revive, compress, precision), group in groups.items():
         shared = [key for key in group[0].values if "_ci_" not in key and all(key in row.values for row in group)]
         collect: Callable[[Callable], dict[str, float]] = lambda of: {k: of([row.values[k] for row in group]) for k in shared}  # noqa: B023, E731
         spread = collect(statistics.stdev) if len(group) > 1 else {}
         noisy = {key: 1.0 for row in group for key in row.values if key.startswith("unstable_")}
-        result.append(Row(revive, compress, None, collect(statistics.fmean) | noisy, group[0].control, len(group), spread))
+        values = collect(statistics.fmean) | noisy
+        result.append(Row(revive, compress, None, precision, values, group[0].control, len(group), spread))
     return result

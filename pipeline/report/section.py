@@ -25,22 +25,20 @@ MOVE = (
 )
 
 
-def render(chain: Chain, control: Chain | None = None) -> str:
-    """The section below a variant's name, as HTML; `control` is the chain beside whose pictures this one's stand."""
+def render(chain: Chain, control: Chain | None = None, shipped: str = "", mistakes: str = "") -> str:
+    """The section below a variant's name, as HTML; `control` is the chain beside whose pictures this one's stand. `shipped` follows
+    what happened, `mistakes` the pictures."""
     parts = [_stages(chain)]
     for stage, record in chain.records.items():
         told = "".join(f"<li>{_foldable(line, lines)}</li>" for line, lines in story.happenings(record))
         parts.append(f"<h4>{escape(stage)}</h4><ul class=told>{told}</ul>" if told else "")
-    parts += [predictions.render(chain, control), _curves(chain), _filters(chain)]
+    parts += [shipped, predictions.render(chain, control), mistakes, _curves(chain), _filters(chain)]
     parts += [_layers(found, chain) for record in chain.records.values() for found in edits.treated(record)]
     parts += [*map(sensitive.section, chain.records.values()), narrowed := widths.section(chain)]
     layers = None if narrowed else story.channels(chain)
     parts.append(f"<h4>channels, kept of full</h4><figure class=bars>{layers}</figure>" if layers else "")
     flat = "\n".join(f"{key}: {value}" for key, value in flat_parameters(chain.records).items())
-    parts.append(f"<details><summary>parameters</summary><pre>{escape(flat)}</pre></details>")
-    if "export" in chain.records:
-        path = f"export/{chain.name}/model.onnx"
-        parts.append(f'<p>Model: <a href="../{escape(quote(path))}"><code>outputs/{escape(path)}</code></a></p>')
+    parts.append(f"<details><summary>parameters</summary><pre tabindex=0>{escape(flat)}</pre></details>")
     return "".join(parts)
 
 

@@ -10,7 +10,14 @@ from pipeline.scores import is_share
 
 MOST_LINES = 6  # events of one kind in a row that are told one by one
 MOST_NAMED = 8  # entries of a list that are named one by one
-SILENT = ("counts", "latency", "absent", "predictions", "sensitivity")  # events that the table, a note or a picture already tells
+SILENT = (
+    "counts",
+    "latency",
+    "absent",
+    "predictions",
+    "quantized",
+    "sensitivity",
+)  # events that the table, a note or a picture already tells
 
 
 def total_channels(record: dict[str, Any]) -> tuple[int, int] | None:

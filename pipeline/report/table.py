@@ -1,13 +1,17 @@
 """The report's table as text: how each figure is written, Markdown, and a form for terminals."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report.rows import ACCURACY, Report, Row
+from pipeline.lineage import BASE
+from pipeline.report.rows import ACCURACY, QUANTIZED, Report, Row
 
 MISSING = "–"
 STAGE_COLUMNS = ("accuracy_train", "accuracy_revive", "accuracy_compress", "accuracy_collapse")
-DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+DEVICES = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT", "cuda_graph": "CUDA graphs"}
+MODES = {"idle": "after a pause", "copies": "with host copies", "graph": "as a CUDA graph"}
+CONTROL, CHAMPION = "*", "★"  # behind a name
 UNITS = {"percent": " %", "points": " pt", "count": "", "millions": " M", "mb": " MB", "ms": " ms", "times": "×", "metres": " m"}
 
 
@@ -29,23 +33,38 @@ def columns(report: Report, *, stages: bool = False) -> list[Column]:
         *along,
         Column(ACCURACY, names.title, "percent"),
         Column("accuracy_change", "change", "points"),
+        *([Column(QUANTIZED, f"against {BASE}", "points")] if report.axis("precision") != [BASE] else []),
         *(Column(key, title, form) for key, (title, form) in names.beside.items()),
         Column("parameters", "parameters", "count"),
         Column("macs", "MACs", "millions"),
         Column("size_mb", "size", "mb"),
     ]
-    timed = []
-    for setting in report.settings:
+    return [*fixed, *timed(report.plain)]
+
+
+def timed(settings: Sequence[str]) -> list[Column]:
+    """Latency and speed-up at each setting."""
+    found = []
+    for setting in settings:
         device = describe_setting(setting)
-        timed.append(Column(f"latency_{setting}_p50_ms", f"latency {device}", "ms", device.replace("batch ", "b")))
-        timed.append(Column(f"speedup_{setting}", f"speed-up {device}", "times", "speed-up"))
-    return [*fixed, *timed]
+        found.append(Column(f"latency_{setting}_p50_ms", f"latency {device}", "ms", device.replace("batch ", "b")))
+        found.append(Column(f"speedup_{setting}", f"speed-up {device}", "times", "speed-up"))
+    return found
 
 
 def describe_setting(setting: str) -> str:
-    """cpu_b32 -> CPU batch 32."""
-    provider, _, batch = setting.rpartition("_b")
-    return f"{DEVICES.get(provider, provider)} batch {batch}"
+    """cpu_b32 -> CPU batch 32; cpu_b1_idle -> CPU batch 1, after a pause."""
+    provider, _, rest = setting.partition("_b")
+    batch, _, mode = rest.partition("_")
+    return f"{DEVICES.get(provider, provider)} batch {batch}" + (f", {MODES.get(mode, mode)}" if mode else "")
+
+
+def titled(report: Report, key: str) -> str:
+    """What a column is called, with its unit where that is not part of every figure: for rules."""
+    column = next((c for c in [*columns(report), *timed(report.settings)] if c.key == key), None)
+    if column is None:
+        return report.names.title if key in ("accuracy", report.names.headline) else key.replace("_", " ")
+    return column.title + {"ms": " (ms)", "mb": " (MB)"}.get(column.form, "")
 
 
 def write_figure(value: float, form: str, *, unit: bool = True) -> str:
@@ -114,14 +133,30 @@ def missing_notes(report: Report) -> list[str]:
 
 
 def markdown(report: Report) -> str:
-    """table.md: the means (with several seeds), every variant, and what was not measured."""
-    shown = columns(report, stages=True)
-    parts = [_markdown_table(report.rows, shown), explanation(report)]
+    """table.md, aligned so that a terminal shows it too: the means (with several seeds), every variant, the score along the chain,
+    the latencies with their intervals, and what was not measured."""
+    shown = columns(report)
+    parts = [_aligned(report, report.rows, shown), marks(report)]
     if report.means:
         head = "Mean ± sample standard deviation over n seeds:"
-        parts = [head, _markdown_table(report.means, shown), "Every variant:", *parts]
+        parts = [head, _aligned(report, report.means, shown), "Every variant:", *parts]
+    trained = [row for row in report.rows if any(row.stands_for(group[0]) for group in report.variants)]
+    along = [column for column in columns(report, stages=True) if column.key in STAGE_COLUMNS]
+    parts += [f"{report.names.title[0].upper()}{report.names.title[1:]} along the chain:", _aligned(report, trained, along)]
+    if times := timed(report.plain):
+        parts += ["With 95 % intervals:", _aligned(report, report.rows, times, detail=True)]
     notes = "\n".join(f"- {_plain(note)}" for note in missing_notes(report))
-    return "\n\n".join([*parts, notes] if notes else parts) + "\n"
+    return "\n\n".join([*parts, explanation(report), *([notes] if notes else [])]) + "\n"
+
+
+def marks(report: Report) -> str:
+    """What the signs behind names mean, and who was chosen or came nearest."""
+    told, signs = report.champion or {}, [f"\\{CONTROL} the control"] if any(row.control for row in report.rows) else []
+    if told.get("champion"):
+        signs.append(f"{CHAMPION} the champion: {_plain(str(told.get('reason') or ''))}")
+    elif told:
+        signs.append(f"no champion: {_plain(str(told.get('reason') or ''))}")
+    return "; ".join(signs)
 
 
 def explanation(report: Report) -> str:
@@ -137,34 +172,43 @@ EXPLANATION = (
 )
 
 
-def text(rows: Sequence[Row], shown: Sequence[Column]) -> str:
-    """The table for a terminal: one line a row, columns aligned; the control is marked *."""
-    several = any(row.count > 1 for row in rows)
-    count = lambda text: [text] if several else []  # noqa: E731
-    lines = [["variant", *count("n"), *(column.short or column.title for column in shown)]]
-    lines += [[_name(row), *count(str(row.count)), *(cell(row, column, detail=row.count > 1) for column in shown)] for row in rows]
+def text(report: Report, rows: Sequence[Row], shown: Sequence[Column]) -> str:
+    """The table for a terminal: one line a row, columns aligned; the control is marked *, the champion ★."""
+    lines = _cells(report, rows, shown, detail=False)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    first = [line[0].ljust(widths[0]) for line in lines]
-    rest = ["  ".join(map(str.rjust, line[1:], widths[1:])) for line in lines]
-    return "\n".join(map("  ".join, zip(first, rest, strict=True)))
+    return "\n".join("  ".join(_padded(line, widths)) for line in lines)
 
 
-def _markdown_table(rows: list[Row], shown: Sequence[Column]) -> str:
+def _aligned(report: Report, rows: Sequence[Row], shown: Sequence[Column], *, detail: bool = False) -> str:
+    """The same in Markdown."""
+    lines = [[_plain(cell) for cell in line] for line in _cells(report, rows, shown, detail=detail)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+    head, *body = (_padded(line, widths) for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def _cells(report: Report, rows: Sequence[Row], shown: Sequence[Column], *, detail: bool) -> list[list[str]]:
+    """Titles and rows; `detail` adds intervals, standard deviations are always there."""
     several = any(row.count > 1 for row in rows)
-    head = ["variant", *(["n"] if several else []), *(column.title for column in shown)]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [["variant", "precision", *(["n"] if several else []), *(column.short or column.title for column in shown)]]
     for row in rows:
-        lines.append([_plain(_name(row)), *([str(row.count)] if several else []), *(cell(row, column) for column in shown)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        sign = [CONTROL] * row.control + [CHAMPION] * report.chosen(row)
+        figures = (cell(row, column, detail=detail or row.count > 1) for column in shown)
+        lines.append([" ".join([row.name, *sign]), row.precision, *([str(row.count)] if several else []), *figures])
+    return lines
 
 
-def _name(row: Row) -> str:
-    return f"{row.name} *" if row.control else row.name
+def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Texts to the left, figures to the right."""
+    return [
+        text.ljust(width) if place < 2 else text.rjust(width) for place, (text, width) in enumerate(zip(line, widths, strict=True))
+    ]
 
 
 def _plain(text: str) -> str:
     """Text that Markdown, and HTML within it, takes literally."""
-    for sign, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", " "), ("*", "\\*"), ("_", "\\_"), ("`", "\\`")):
+    for sign, safe in (("&", "&amp;"), ("|", "&#124;"), ("\n", " "), ("*", "\\*"), ("`", "\\`")):
         text = text.replace(sign, safe)
-    return text
+    return re.sub(r"<(?![=\s])", "&lt;", re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text))

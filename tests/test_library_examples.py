@@ -1,4 +1,4 @@
-"""The library examples of the README run as they stand."""
+"""The library examples of docs/library.md run as they stand."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LIBRARY = (Path(__file__).parent.parent / "docs/library.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
 
 
 def test_there_are_examples() -> None:
@@ -17,7 +17,7 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_an_example_of_the_readme_runs_and_ends_with_plain_layers(index: int) -> None:
+def test_an_example_runs_and_ends_with_plain_layers(index: int) -> None:
     torch.manual_seed(0)
     loader = [(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))]
     namespace: dict[str, Any] = {"loader": loader}
