@@ -164,9 +164,7 @@ def _pairs(batches: "Batches", metadata: dict[str, Any], whole: bool) -> Iterato
 
 def _stored(batches: "Batches") -> Iterator[np.ndarray]:
     """The split's images as they are stored, uint8 (B, H, W, C), in memory or decoded from their files."""
-    import torch
-
-    for pool, picks in batches._pools(torch.arange(batches.count)):
+    for pool, picks in batches.stored():
         yield pool[picks].cpu().numpy()
 
 

@@ -78,7 +78,7 @@ PARAMETERS: dict[str, set[str]] = {
 # From the ground up: a module imports from its own floor and from lower ones.
 GROUND = "errors files config hardware methods layers channels hooks evaluation progress resume records data models grid lineage "
 GROUND += "export inference measure latency expansion branches averaging tracing filters precision weights operators involution "
-GROUND += "redirect channel_ids ecdm tasks scores pictures conventions deployment precisions quantization pictures_form profiling "
+GROUND += "redirect channel_ids ecdm tasks scores pictures conventions deployment precisions quantization pictures_form profiling distributed "
 SURGERY = "coverage surgery structure costs families budget removal grouping selection allocation latency_budget sensitivity "
 SURGERY += "masking takeover"
 SHIPPED = "champion shipping repository triton_config model_card card_figures asking "

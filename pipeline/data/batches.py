@@ -159,6 +159,11 @@ class Batches:
             flip = flips[index][own] if self.augment and self.augment.flip else None
             yield self._view(pixels, chosen, numbers, places[index][:, own], flip)
 
+    def stored(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each batch in the order of the split uint8 pixels as they are stored, padded where they are augmented, (N, H, W, C),
+        and which B of these N are meant."""
+        return self._pools(list(torch.arange(self.count).split(self.batch_size)))
+
     def _pools(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each of `batches`, numbers of images, padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant.
 
