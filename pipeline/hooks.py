@@ -13,13 +13,14 @@ One stage trains in one or more rounds, each with a fresh optimiser and its lear
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline import distributed
 from pipeline.config import Fit
 from pipeline.data.batches import Batches
 from pipeline.tasks import TASKS, Task
@@ -95,6 +96,10 @@ class Run:
     def task(self) -> Task:
         """What the data asks for: its loss and scores."""
         return TASKS[self.train.prepared.task]
+
+    def steps(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the steps of this epoch see of `batches`: where several processes train together, this one's part of each."""
+        return batches.epoch(self.epoch, distributed.part)
 
     def log(self, kind: str, **facts: Any) -> None:
         """Keep an event for the record, with the epoch after which it happened. A fact about an accuracy goes by the name that the

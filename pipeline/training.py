@@ -103,7 +103,7 @@ def _train_steps(run: Run, hooks: Sequence[Hook], progress: Progress) -> dict[st
     """The steps of an epoch; sums over them, and over the processes, of the loss and of what the headline score is made of."""
     loss_sum, all_sum = torch.zeros((2,), device=run.device)
     counts = torch.zeros((2,), dtype=torch.int64, device=run.device)
-    for step, (images, labels) in enumerate(run.train.epoch(run.epoch, distributed.part)):
+    for step, (images, labels) in enumerate(run.steps(run.train)):
         _set_learning_rate(run, step)
         loss, everything, logits = _step(run, hooks, images, labels)
         loss_sum += loss

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import distributed, hooks
+from pipeline import hooks
 from pipeline.config import Block
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
@@ -209,7 +209,7 @@ class Grafting(hooks.Hook):
             for number in range(1, self.options.networks):
                 batches = copy.copy(run.train)  # the pixels are shared
                 batches.seed = hooks.stable_seed(run.seed, run.stage, "grafting", number)
-                self.streams.append(batches.epoch(run.epoch, distributed.part))
+                self.streams.append(run.steps(batches))
             self.streams_epoch = run.epoch
         return self.streams
 
