@@ -49,7 +49,7 @@ serve: .venv/installed
 	python -m stages.serve
 
 ask: .venv/installed
-	@python -m stages.ask "$(PICTURE)"
+	@python -m stages.ask "$$PICTURE"
 
 repository: .venv/installed
 	dvc repro --single-item --force repository

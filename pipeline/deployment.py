@@ -12,7 +12,7 @@ class Int8(Section):
     """How int8 is calibrated, and what of a network stays in fp32."""
 
     images: int = Field(ge=1)  # training images behind the ranges of what layers read and give
-    calibration: Literal["minmax", "percentile", "entropy"]
+    calibration: Literal["minmax", "percentile"]
     keep: list[str]  # patterns of layers that are never quantised
     least: float = Field(ge=0, le=1)  # share of the multiply-adds that must end in int8
 
@@ -32,6 +32,8 @@ class Export(Section):
     def _fp32_is_the_first(self) -> Self:
         if self.precisions[0] != "fp32" or len(set(self.precisions)) < len(self.precisions):
             raise PydanticCustomError("precisions", "precisions must begin with fp32, the measure of the others; each once")
+        if self.resize and self.opset < 20:
+            raise PydanticCustomError("resize", "resize needs opset 20: on CUDA ONNX Runtime has no such resizing below it")
         return self
 
 

@@ -1,19 +1,25 @@
 """One training on several processes: each has its part of every batch, the gradients are averaged, all else is the same in each.
 
-The processes hold the same weights throughout. Gradients are summed over them after each backward pass, so that a step is that of
-the whole batch; batch norms see the whole batch on CUDA (SyncBatchNorm) and their own part on a CPU, where the running statistics
-are averaged before anything is evaluated. What a method does between epochs every process does alike, on whole batches; the first
-process's tensors then count. It alone writes and prints.
+The processes hold the same weights throughout. Gradients are averaged over them after each backward pass, so that a step is that of
+the whole batch (of depths nearly: a part's loss is the mean over its own known pixels). Batch norms see the whole batch on CUDA
+(SyncBatchNorm) and their own part on a CPU, where the running statistics are averaged before anything is evaluated. What a method
+does between epochs every process does alike, on whole batches; the first process's tensors then count. It alone writes and prints.
 
-A stage is started once and starts the processes itself (`spread`), with torch's own launcher: as many as `runtime.processes` says,
-on each of `runtime.hosts` machines. Without either, every function here does nothing.
+A stage is started once and starts the processes itself (`spread`): as many as `runtime.processes` says, on each of `runtime.hosts`
+machines. Those of one machine meet in a file of this user's and talk over the loopback interface; several hosts talk over the
+network, in the clear, as torch does: let it be a trusted one. What is sent is tensors and JSON, never a pickle. In one process
+alone every function here does nothing.
 """
 
+import ctypes
 import hashlib
-import logging
+import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +34,9 @@ from pipeline.config import Runtime, section
 from pipeline.errors import InputError
 
 ADDRESS, HOST = "WINNOW_FIRST_HOST", "WINNOW_HOST"  # where the first host is reached, NAME:PORT; the number of this host, from 0
+MEETING = "WINNOW_MEETING"  # where the processes of a stage meet, set for them alone
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # processes of one host talk over its loopback
+DEATH_OF_PARENT = 1  # of prctl: the signal that a process gets then
 Value = TypeVar("Value")
 
 
@@ -48,35 +57,31 @@ def spread(stage: str, *words: str) -> bool:
     `InputError` names the process that died first; where one was refused its input, exits with its code.
     """
     runtime = section("runtime", Runtime)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if MEETING in os.environ:
         _join(runtime)
         return False
     if runtime.processes * runtime.hosts == 1:
         return False
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells the same below, at length
-    host, address = _place(runtime)
-    with tempfile.TemporaryDirectory() as logs:
-        quiet = {local: Std.ALL for local in range(1 if host == 0 else 0, runtime.processes)}
-        config = LaunchConfig(
-            min_nodes=runtime.hosts,
-            max_nodes=runtime.hosts,
-            nproc_per_node=runtime.processes,
-            rdzv_backend="static" if runtime.hosts > 1 else "c10d",
-            rdzv_endpoint=address,
-            rdzv_configs={"rank": host} if runtime.hosts > 1 else {},
-            run_id="winnow",
-            max_restarts=0,
-            monitor_interval=0.2,
-            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=quiet),
-        )
+    with tempfile.TemporaryDirectory() as folder:  # readable by this user alone
+        host, meeting = _place(runtime, Path(folder))
+        local = {} if runtime.hosts > 1 else {name: os.environ.get(name, "lo") for name in INTERFACES}
+        command, environment = [sys.executable, "-m", f"stages.{stage}", *words], os.environ | local | {MEETING: meeting}
+        logs = [Path(folder) / f"{number}.log" for number in range(runtime.processes)]
+        started = []
         try:
-            elastic_launch(config, sys.executable)("-m", f"stages.{stage}", *words)
-        except ChildFailedError as error:
-            _refuse(*error.get_first_failure(), runtime, Path(logs))
+            for number, log in enumerate(logs):
+                rank = host * runtime.processes + number
+                with log.open("wb") as said:
+                    shown = None if rank == 0 else subprocess.DEVNULL
+                    numbers = {"RANK": str(rank), "LOCAL_RANK": str(number)}
+                    started.append(subprocess.Popen(command, env=environment | numbers, stdout=shown, stderr=said))
+            dead = _first_to_fail(started)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        if dead is not None:
+            _refuse(host * runtime.processes + dead, started[dead].returncode, logs[dead].read_text(), runtime)
     return True
 
 
@@ -116,12 +121,23 @@ def total(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def of_first(make: Callable[[], Value]) -> Value:
-    """What `make` gives in the first process, in all of them; it is called there alone."""
+    """What `make` gives in the first process, a JSON value, in all of them; it is called there alone."""
     if count() == 1:
         return make()
-    box = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
+    return json.loads(bytes_of_first(lambda: json.dumps(make()).encode()))
+
+
+def bytes_of_first(make: Callable[[], bytes]) -> bytes:
+    """The same of bytes."""
+    if count() == 1:
+        return make()
+    content = make() if rank() == 0 else b""
+    length = torch.tensor([len(content)], device=_device())
+    dist.broadcast(length, src=0)
+    box = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.zeros(int(length), dtype=torch.uint8)
+    box = box.to(_device())
+    dist.broadcast(box, src=0)
+    return box.cpu().numpy().tobytes()
 
 
 def wait() -> None:
@@ -165,7 +181,9 @@ def synchronised(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _join(runtime: Runtime) -> None:
-    """Become one of the processes, each on its own GPU."""
+    """Become one of the processes, each on its own GPU. None outlives the one that started it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DEATH_OF_PARENT, signal.SIGKILL)
     cuda = runtime.device != "cpu" and torch.cuda.is_available()
     if cuda:
         local = int(os.environ["LOCAL_RANK"])
@@ -175,40 +193,64 @@ def _join(runtime: Runtime) -> None:
                 "here: ask for one process a device at most"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    world = runtime.processes * runtime.hosts
+    dist.init_process_group("nccl" if cuda else "gloo", os.environ[MEETING], rank=int(os.environ["RANK"]), world_size=world)
 
 
-def _place(runtime: Runtime) -> tuple[int, str]:
-    """The number of this host, and where the first one is reached."""
+def _place(runtime: Runtime, folder: Path) -> tuple[int, str]:
+    """The number of this host, and where the processes meet: in a file of one host, or at the first host's address."""
     if runtime.hosts == 1:
-        return 0, "127.0.0.1:0"
+        return 0, f"file://{folder}/meeting"
     number, address = os.environ.get(HOST, ""), os.environ.get(ADDRESS, "")
     if not number.isdigit() or int(number) >= runtime.hosts or ":" not in address:
         raise InputError(
             f"params.yaml: runtime.hosts = {runtime.hosts}: on each host set {HOST} to its number, 0 to {runtime.hosts - 1}, and "
             f"{ADDRESS} to NAME:PORT of host 0, and start the same stage"
         )
-    return int(number), address
+    return int(number), f"tcp://{address}"
 
 
-def _refuse(number: int, failure: Any, runtime: Runtime, logs: Path) -> None:
+def _first_to_fail(processes: "list[subprocess.Popen[bytes]]") -> int | None:
+    """Wait for all to end well, None, or for one that does not: its place. An error of the user's is told by the first process."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [place for place, code in enumerate(codes) if code]
+        if failed:  # of several the one that was killed: without it the others fail too
+            return min(failed, key=lambda place: codes[place] or 0)
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _refuse(rank: int, code: int, said: str, runtime: Runtime) -> None:
     """What the first process to fail said, or how it died."""
-    said = [path.read_text().strip() for path in logs.rglob(f"{failure.local_rank}/stderr.log")]
-    if failure.exitcode == 2:
-        print(*filter(None, said), sep="\n", end="\n" if any(said) else "", file=sys.stderr)
+    if code == 2:
+        print(said, end="", file=sys.stderr)
         sys.exit(2)
-    how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    last = "".join(f": {text.splitlines()[-1]}" for text in said if text)
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    last = f": {said.splitlines()[-1]}" if said else ""
     raise InputError(
-        f"process {number} of {runtime.processes * runtime.hosts} died ({how}){last}; the others were "
-        "stopped, and `dvc repro` goes on after the last whole epoch"
+        f"process {rank} of {runtime.processes * runtime.hosts} died ({how}){last}; the others were stopped, and `dvc repro` "
+        "goes on after the last whole epoch"
     )
 
 
-def _gathered(value: Value) -> list[Value]:
-    everyone: list[Any] = [None] * count()
-    dist.all_gather_object(everyone, value)
-    return everyone
+def _device() -> str:
+    """Where tensors must lie to be sent."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The JSON values of all processes."""
+    content = json.dumps(value).encode()
+    lengths = torch.zeros(count(), dtype=torch.int64, device=_device())
+    lengths[rank()] = len(content)
+    dist.all_reduce(lengths)
+    row = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+    row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    rows = [torch.empty_like(row, device=_device()) for _ in range(count())]
+    dist.all_gather(rows, row.to(_device()))
+    return [json.loads(other.cpu().numpy().tobytes()[:length]) for other, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def _reduce(tensors: list[Tensor]) -> None:

@@ -98,4 +98,8 @@ def timer_of(whole: nn.Module, input_shape: Shape, folder: Path) -> Timer:
         speed = latency.compare(path, control, "cpu", 1, **TIMING)["speedup"]
         return 1 / speed["ratio"], 1 / speed["ci_high"], 1 / speed["ci_low"]
 
-    return lambda candidate: distributed.of_first(lambda: measure(candidate))
+    def shared(candidate: nn.Module) -> Ratio:
+        ratio, low, high = distributed.of_first(lambda: measure(candidate))
+        return ratio, low, high
+
+    return shared

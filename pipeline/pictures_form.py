@@ -112,12 +112,15 @@ def _front(metadata: dict[str, Any], stored: Size | None) -> Any:
     taken = helper.make_tensor_value_info(PICTURES, onnx.TensorProto.UINT8, free)
     constants = {f"{PICTURES}_{key}": value for key, value in _constants(metadata, stored).items()}
     steps: list[tuple[str, list[str], dict[str, Any]]] = []
+    to_float: tuple[str, list[str], dict[str, Any]] = ("Cast", [], {"to": onnx.TensorProto.FLOAT})
+    turned: tuple[str, list[str], dict[str, Any]] = ("Transpose", [], {"perm": [0, 3, 1, 2]})
     if stored:
-        # antialiased and without a look beyond the edge, as Pillow; uint8 in and out, rounded as there. Not behind the
-        # transposition: ONNX Runtime 1.31 would change their order, and forgets the axes
+        # antialiased and without a look beyond the edge, rounded, as Pillow. In fp32: on CUDA ONNX Runtime refuses bytes here. Not
+        # behind the transposition: ONNX Runtime 1.31 would change their order, and forgets the axes
         asked = {"mode": "linear", "antialias": 1, "axes": [1, 2], "exclude_outside": 1}
-        steps.append(("Resize", ["", "", f"{PICTURES}_size"], asked))
-    steps += [("Transpose", [], {"perm": [0, 3, 1, 2]}), ("Cast", [], {"to": onnx.TensorProto.FLOAT})]  # bytes are moved faster
+        steps += [to_float, ("Resize", ["", "", f"{PICTURES}_size"], asked), ("Round", [], {}), turned]
+    else:
+        steps += [turned, to_float]  # bytes are moved faster
     if f"{PICTURES}_columns" in constants:
         steps += [("MatMul", [f"{PICTURES}_columns"], {}), ("MatMul", [f"{PICTURES}_rows"], {})]
     # multiplied and added one after the other in fp32, as the data layer does it, so that the results are the same bit for bit

@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-Calibration = Literal["minmax", "percentile", "entropy"]
+Calibration = Literal["minmax", "percentile"]
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 BETWEEN = ("Add", "Concat", "GlobalAveragePool", "MaxPool")  # quantised wherever they stand, unless excluded
@@ -79,7 +79,7 @@ class Quantizer:
         from onnxruntime import quantization
 
         methods = quantization.CalibrationMethod
-        method = {"minmax": methods.MinMax, "percentile": methods.Percentile, "entropy": methods.Entropy}[self.calibration]
+        method = {"minmax": methods.MinMax, "percentile": methods.Percentile}[self.calibration]
         with _quiet():
             quantization.quantize_static(
                 self.prepared,

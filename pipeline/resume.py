@@ -57,7 +57,7 @@ class Resume:
     def load(self, run: Run, hooks: Sequence[Hook]) -> bool:
         """Take up the state of a killed run, but for its optimiser; False where there is none (or a damaged one)."""
         try:
-            content = distributed.of_first(lambda: self.path.read_bytes() if self.path.is_file() else b"")
+            content = distributed.bytes_of_first(lambda: self.path.read_bytes() if self.path.is_file() else b"")
             self._tensors = safetensors.torch.load(content)
             rest = json.loads(_metadata(content)["run"])
         except (SafetensorError, KeyError, ValueError):

@@ -37,7 +37,7 @@ def session(uri: str, tracking: Tracking, root: Path) -> Iterator[tuple[Any, str
         from sqlalchemy.exc import SQLAlchemyError
 
         levels = {name: logging.getLogger(name).level for name in CHATTER}
-        before = mlflow.get_tracking_uri()
+        before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
         try:
             for name in CHATTER:
                 logging.getLogger(name).setLevel(logging.ERROR)
@@ -49,7 +49,9 @@ def session(uri: str, tracking: Tracking, root: Path) -> Iterator[tuple[Any, str
             probe(uri, tracking.timeout_s)  # the server may have gone meanwhile
             raise InputError(f"MLflow at {shown(uri)} refuses: {' '.join(str(error).split())[:600]}") from error
         finally:
-            mlflow.set_tracking_uri(before)
+            mlflow.set_tracking_uri(before)  # which sets the variable too
+            if variable is None:
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
 

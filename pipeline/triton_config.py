@@ -15,7 +15,7 @@ CLASSED = ("probabilities", "logits")  # outputs with a number for each class
 HEAD = "# Written by stages.repository from the ONNX graph: what is changed here is lost when it runs again.\n"
 TYPES = {"float32": "FP32", "float16": "FP16", "float64": "FP64", "uint8": "UINT8", "int8": "INT8", "int32": "INT32"}
 TYPES |= {"int64": "INT64", "bool": "BOOL"}  # numpy's name -> Triton's
-MODES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}  # precision of a variant -> of TensorRT
+MODES = {"fp32": "FP32", "fp16": "FP16"}  # precision of a variant -> of TensorRT
 
 
 class Graph:
@@ -67,7 +67,7 @@ def config(name: str, graph: Graph, options: Repository, *, precision: str, vers
             warm.inputs[tensor].data_type = _type(kind)
             warm.inputs[tensor].dims.extend(graph.shape(axes))
             warm.inputs[tensor].zero_data = True
-    if gpu and options.tensorrt:
+    if gpu and options.tensorrt and precision != "int8":  # TensorRT takes no activations with zero points
         fast = made.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
         fast.parameters["precision_mode"] = MODES[precision]
     return made

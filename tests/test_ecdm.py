@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -104,6 +104,7 @@ def test_a_multiple_keeps_the_most_damaging_channels_up_to_it(matrix: Tensor, ga
 
 @given(damages(), st.floats(0.001, 0.999), st.floats(0.001, 0.999), st.integers(1, 6))
 def test_a_larger_gamma_closes_more_of_the_same_ranking(matrix: Tensor, one: float, other: float, multiple: int) -> None:
+    assume(matrix.abs().sum(1).max() > 1e-3)  # rows near the 1e-8 beside which they are divided have shares of less than 1 in all
     less, more = (prefix(rank(matrix).lost, gamma, multiple) for gamma in sorted((one, other)))
     assert less <= more < matrix.shape[1] or not matrix.any()
     assert not (deallocate(matrix, min(one, other)) & ~deallocate(matrix, max(one, other))).any()

@@ -192,7 +192,7 @@ def test_too_little_int8_and_too_much_loss_are_told_with_the_figures(made: tuple
         precisions.allow_loss("x-0", "classify", figures | {"max_abs_difference": float("nan")}, 0.5, "fp16")
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
 def test_ranges_are_those_of_the_calibration_images(made: tuple[str, nn.Module, Path], tmp_path: Path, method: Any) -> None:
     _, _, path = made
     Quantizer(path, tmp_path, calibration(), method).write(set(), tmp_path / "int8.onnx")

@@ -56,9 +56,9 @@ TAKEN: dict[str, set[str]] = {
         "outputs/export/${profile.control}-${item.seed}/fp32/model.onnx",
     },
     "champion": EVERY_RECORD,
-    "repository": EVERY_RECORD | {CHAMPION},
+    "repository": EVERY_RECORD | {CHAMPION, "pyproject.toml"},
     "report": EVERY_RECORD | {CHAMPION, *(f"pipeline/report/page.{kind}" for kind in ("html", "css", "js"))},
-    "track": EVERY_RECORD | {CHAMPION, "outputs/report"},
+    "track": EVERY_RECORD | {CHAMPION, "pyproject.toml", "outputs/report"},
 }
 GRID = ("seed", "variants", "export.precisions")
 PARAMETERS: dict[str, set[str]] = {
@@ -68,7 +68,7 @@ PARAMETERS: dict[str, set[str]] = {
     "revive": {"revive.${item.revive}", "augment", "runtime"},
     "compress": {"compress.${item.compress}", "augment", "runtime"},
     "collapse": {"augment", "runtime"},
-    "export": {"export", "runtime"},
+    "export": {"export", "runtime.threads", "runtime.workers"},
     "profile": {"profile", "export.precisions"},
     "champion": {*GRID, "champion"},
     "repository": {*GRID, "repository"},
@@ -78,7 +78,8 @@ PARAMETERS: dict[str, set[str]] = {
 # From the ground up: a module imports from its own floor and from lower ones.
 GROUND = "errors files config hardware methods layers channels hooks evaluation progress resume records data models grid lineage "
 GROUND += "export inference measure latency expansion branches averaging tracing filters precision weights operators involution "
-GROUND += "redirect channel_ids ecdm tasks scores pictures conventions deployment precisions quantization pictures_form profiling distributed "
+GROUND += "redirect channel_ids ecdm tasks scores pictures conventions deployment precisions quantization pictures_form profiling "
+GROUND += "distributed "
 SURGERY = "coverage surgery structure costs families budget removal grouping selection allocation latency_budget sensitivity "
 SURGERY += "masking takeover"
 SHIPPED = "champion shipping repository triton_config model_card card_figures asking "

@@ -80,7 +80,9 @@ def test_the_file_answers_every_pixel_as_the_page_says(built: str) -> None:
 
 def test_the_page_shows_pictures_and_the_record_stays_small(built: str) -> None:
     text = Path("outputs/report/index.html").read_text()
-    assert text.count("data:image/png;base64,") == 6 * (3 + 4 if built == "segment" else 3)  # beside a control, or alone
+    assert text.count("data:image/png;base64,") == 6 * (
+        3 + 4 * (3 if built == "segment" else 1)
+    )  # the control, and each other beside it
     assert f"{NAMES[built].title}" in text and "accuracy" not in text.lower()
     assert Path("outputs/export/finetune-diet-0/fp32/record.json").stat().st_size < 110_000
 

@@ -63,12 +63,14 @@ from PIL import Image
 
 pixels = np.atleast_3d(Image.open(sys.argv[1]).convert(sys.argv[2]))[None]  # L for networks of one channel, or RGB
 pictures = {"name": "pictures", "shape": pixels.shape, "datatype": "UINT8", "data": pixels.ravel().tolist()}
-print(json.dumps({"inputs": [pictures]} if sys.argv[3] == "triton" else {"inputs": {"pictures": pixels.tolist()}}))
+outputs = [{"name": "probabilities", "parameters": {"classification": 1}}]
+triton = {"inputs": [pictures], "outputs": outputs}
+print(json.dumps(triton if sys.argv[3] == "triton" else {"inputs": {"pictures": pixels.tolist()}}))
 """
 TRITON = """\
 # repository/ holds a model for every variant and precision, and `champion`
-tritonserver --model-repository repository --http-address 127.0.0.1
-python request.py picture.png RGB triton > request.json
+tritonserver --model-repository repository --disable-auto-complete-config --http-address 127.0.0.1 --grpc-address 127.0.0.1
+python request.py picture.png {mode} triton > request.json  # without a GPU: --model-config-name=cpu in the line above
 curl -s http://127.0.0.1:8000/v2/models/{served}/infer -H 'Content-Type: application/json' -d @request.json
 """
 MLFLOW = """\
@@ -77,9 +79,17 @@ python -m stages.serve
 python -m stages.ask picture.png
 # the same with MLflow alone; the registered model is called as tracking.experiment in params.yaml
 mlflow models serve --model-uri models:/winnow@champion --env-manager local --host 127.0.0.1 --port 5001
-python request.py picture.png RGB mlflow > request.json
+python request.py picture.png {mode} mlflow > request.json
 curl -s http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d @request.json
 """
+
+
+CLASS = '{"name": "probabilities", "parameters": {"classification": 1}}'  # of Triton: the likeliest by its name, as "0.98:4:four"
+WANTED = {
+    "classify": CLASS,
+    "segment": '{"name": "probabilities"}',
+    "depth": '{"name": "depth"}',
+}
 
 
 def guide(report: Report) -> str:
@@ -87,12 +97,13 @@ def guide(report: Report) -> str:
     task, first = report.names.task, next((chain for chain in report.chains if "export" in chain.records), None)
     chosen = (report.champion or {}).get("champion")
     served = "champion" if chosen else first.name if first else "NAME"
+    mode = "RGB" if first is None or _channels(first) == 3 else "L"
     parts = {
         "ONNX Runtime, pictures as they are: pictures.onnx": PICTURES + SEEN[task],
         "ONNX Runtime, normalised tensors: model.onnx": TENSORS + ANSWERS[task],
-        "Triton": TRITON.format(served=served),
-        "MLflow": MLFLOW.format(alias=chosen or "not set, for nothing was chosen"),
-        "request.py, which writes a picture as JSON for both servers": REQUEST,
+        "Triton": TRITON.format(served=served, mode=mode),
+        "MLflow": MLFLOW.format(alias=chosen or "not set, for nothing was chosen", mode=mode),
+        "request.py, which writes a picture as JSON for both servers": REQUEST.replace(CLASS, WANTED[task]),
     }
     folds = [
         f"<details{'' if index else ' open'}><summary>{escape(title)}</summary><pre tabindex=0>{escape(text)}</pre></details>"
@@ -113,3 +124,9 @@ def snippets(chain: Chain) -> str:
     lines.append(f"mlflow models serve -m models:/winnow/VERSION  # with the tags variant {variant}, precision {chain.precision}")
     inside = f"<p>{links}</p><pre tabindex=0>{escape(chr(10).join(lines))}</pre>"
     return f"<details><summary>{escape(chain.precision)}: files and names</summary>{inside}</details>"
+
+
+def _channels(chain: Chain) -> int:
+    """How many channels pictures have: what the network's first layer reads."""
+    layers = chain.records.get("collapse", {}).get("layers") or [{}]
+    return layers[0].get("full_inputs", 3)
