@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import files
+from pipeline.champion import decided
 from pipeline.errors import InputError
 from pipeline.model_card import read_onnx
 from pipeline.tracking_model import PICTURES
@@ -18,6 +19,7 @@ from pipeline.tracking_model import PICTURES
 TIMEOUT_S = 60
 PORT = "5001"
 NAMED = 3  # classes in an answer
+MOST_PIXELS = 2**18  # of a request: in JSON each takes a dozen bytes, and the server reads them one by one
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def address() -> str:
 
 def champion(outputs: Path) -> Path:
     """The champion's file that takes pictures, below outputs/; `InputError` where there is no champion."""
-    decision = files.read_json(outputs / "champion" / "champion.json")
+    decision = decided(outputs)
     if decision["champion"] is None:
         raise InputError(f"no variant is the champion: {decision['reason']}. Change `champion` in params.yaml, then `dvc repro`")
     variant = f"{decision['revive']}-{decision['compress']}-{decision['seed']}"
@@ -69,25 +71,28 @@ def read(path: Path, wanted: Form) -> tuple[np.ndarray, str]:
 
 
 def example(prepared: Path) -> tuple[np.ndarray, str]:
-    """The first test image of prepared data, uint8 (H, W, C) as it is stored, and what it is."""
+    """The test image in the middle of prepared data, uint8 (H, W, C) as it is stored, and what it is."""
     from pipeline.data.batches import load
     from pipeline.data.stream import decode
 
     data = load(prepared)
-    told = f"the first test image of {data.name}"
+    number = data.counts["test"] // 2
+    told = f"test image {number} of {data.name}"
     if data.task == "classify":
-        told += f", which is {data.classes[int(np.load(prepared / 'test_labels.npy', allow_pickle=False)[0])]}"
+        told += f", which is {data.classes[int(np.load(prepared / 'test_labels.npy', allow_pickle=False)[number])]}"
     if data.root is None:
-        return np.load(prepared / "test_images.npy", mmap_mode="r", allow_pickle=False)[0].copy(), told
-    path = data.root / files.read_json(prepared / "test_files.json")["paths"][0]
+        return np.load(prepared / "test_images.npy", mmap_mode="r", allow_pickle=False)[number].copy(), told
+    path = data.root / files.read_json(prepared / "test_files.json")["paths"][number]
     return decode(path, path.read_bytes(), data.stored[0], None), told
 
 
 def fit(pixels: np.ndarray, wanted: Form) -> tuple[np.ndarray, str]:
-    """uint8 (H, W, C) as (1, H, W, C), stretched where the model takes one size alone; in words what was done, or nothing."""
+    """uint8 (H, W, C) as (1, H, W, C), stretched where the model takes one size alone, made smaller where it is larger than a
+    request in JSON should be; in words what was done, or nothing."""
     from PIL import Image
 
-    height, width = wanted.height or pixels.shape[0], wanted.width or pixels.shape[1]
+    smaller = min(1.0, (MOST_PIXELS / (pixels.shape[0] * pixels.shape[1])) ** 0.5)
+    height, width = wanted.height or max(1, int(pixels.shape[0] * smaller)), wanted.width or max(1, int(pixels.shape[1] * smaller))
     if pixels.shape[:2] == (height, width):
         return pixels[None], ""
     image = Image.fromarray(pixels[:, :, 0] if wanted.channels == 1 else pixels)
@@ -113,6 +118,10 @@ def ask(server: str, content: bytes) -> dict[str, Any]:
         raise InputError(f"what answers at {server} is no server of models: choose another port, WINNOW_PORT=5002") from None
     except OSError as error:
         reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise InputError(
+                f"the server at {server} did not answer within {TIMEOUT_S} s: it is busy, or the picture too large"
+            ) from None
         raise InputError(f"no server answers at {server} ({reason}): start it with `make serve`, wait until it is ready") from None
     if not isinstance(found, dict):
         raise InputError(f"the server at {server} serves another model: stop it, then `make serve`")

@@ -10,13 +10,16 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pipeline import files
 from pipeline.deployment import Champion
 from pipeline.errors import InputError
 from pipeline.lineage import Chain, Record, chains
 from pipeline.scores import PERCENT, Names
 
+DECIDED = {"champion", "reason"}
 GAINS = ("speedup_", "throughput_")  # of these more is better
 MEDIAN = re.compile(r"latency_(\w+_b\d+\w*)_p50_ms")
 
@@ -34,6 +37,15 @@ class _Candidate:
         """How far from the limits: figures that are unknown, the largest relative excess, the sum of all."""
         known = [miss["excess"] for miss in self.missed.values() if miss["excess"] is not None]
         return len(self.missed) - len(known), max(known, default=0.0), math.fsum(known)
+
+
+def decided(outputs: Path) -> dict[str, Any]:
+    """The decision in champion/champion.json below `outputs`; `InputError` where it is missing or damaged."""
+    path = outputs / "champion" / "champion.json"
+    found = files.read_json(path)
+    if not isinstance(found, dict) or not DECIDED <= found.keys():
+        raise InputError(f"{path} holds no decision: delete it and run `dvc repro`")
+    return found
 
 
 def choose(records: Iterable[Record], rule: Champion) -> dict[str, Any]:

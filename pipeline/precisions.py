@@ -261,7 +261,7 @@ def _too_little(called: str, search: _Search, count: int, least: float, max_loss
         f"int8 of {called}: only {share:.1%} of the multiply-adds would be int8, with {kept} kept in fp32, and "
         f"export.int8.least = {least:g} asks for more. With all in int8 that may be, {whole:.1%}, {name} on the validation split "
         f"loses {_points(search.loss(0))} points (allowed {_points(max_loss)}): raise export.max_loss or "
-        "export.int8.images, lower export.int8.least, or take int8 out of export.precisions"
+        "export.int8.images, shorten export.int8.keep, lower export.int8.least, or take int8 out of export.precisions"
     )
 
 

@@ -124,7 +124,9 @@ def _refuse_foreign(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and not (path / "config.pbtxt").is_file():
             what = "has no config.pbtxt" if path.is_dir() else "is a file"
-            raise InputError(f"{folder} is no model repository: {path.name} {what}; move it away, or change repository.folder")
+            raise InputError(
+                f"{path} {what}, so {folder} is no model repository of ours: move {path.name} away, or change repository.folder"
+            )
 
 
 @contextmanager

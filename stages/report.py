@@ -1,13 +1,14 @@
 """All records, outputs/champion/champion.json -> outputs/report: the table, the plots and the page of the present grid."""
 
-from pipeline import files, report
+from pipeline import report
+from pipeline.champion import decided
 from pipeline.lineage import present
 from stages import OUTPUTS, folder, run
 
 
 def main() -> None:
     """Report on the variants that params.yaml names; folders of others are left out."""
-    champion = files.read_json(folder("champion") / "champion.json")
+    champion = decided(OUTPUTS)
     made = report.write(present(OUTPUTS), folder("report"), champion)
     print(report.format_table(made), f"\n{folder('report') / 'index.html'}", sep="\n")
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from pipeline import files
+from pipeline.champion import decided
 from pipeline.config import section
 from pipeline.deployment import Repository
 from pipeline.lineage import chains, present
@@ -14,7 +15,7 @@ from stages import OUTPUTS, folder, run
 def main() -> None:
     """Add what is new and say what is where."""
     options = section("repository", Repository)
-    champion = files.read_json(folder("champion") / "champion.json")
+    champion = decided(OUTPUTS)
     place = Path(os.environ.get("DVC_ROOT", ".")).resolve() / options.folder
     done, others = write(chains(present(OUTPUTS)), champion, OUTPUTS, place, options)
     told = {"folder": options.folder, "champion": champion["champion"], "reason": champion["reason"]}
@@ -26,7 +27,7 @@ def main() -> None:
         print(f"no champion: {champion['reason']}{stays}")
     left = [name for name in others if name != CHAMPION]
     if left:
-        print(f"there too, from other grids or other hands: {', '.join(left)}")
+        print(f"there too, not written this time: {', '.join(left)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from pipeline import files
+from pipeline.champion import decided
 from pipeline.config import section
 from pipeline.deployment import Tracking
 from pipeline.lineage import present
@@ -17,7 +18,7 @@ from stages import OUTPUTS, folder, run
 def main() -> None:
     """Publish to MLFLOW_TRACKING_URI, or to mlflow.db in the project's root; a server that is away loses nothing."""
     options, records = section("tracking", Tracking), present(OUTPUTS)
-    decision = files.read_json(folder("champion") / "champion.json")
+    decision = decided(OUTPUTS)
     root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     told = {"uri": shown(uri), "experiment": options.experiment, "model": model_name(options.experiment)}

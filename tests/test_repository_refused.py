@@ -60,8 +60,8 @@ def _strange(grid: Grid) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (_foreign, "is no model repository: thesis has no config.pbtxt"),
-        (_file, "is no model repository: notes.txt is a file"),
+        (_foreign, "thesis has no config.pbtxt, so "),
+        (_file, "notes.txt is a file, so "),
         (_config, r"champion is damaged: .*config.pbtxt.*\(.*move the folder away"),
         (_unknown, r"2:1 : .*has no field named \"backends\""),
         (_other, "is that of the model 'another'"),

@@ -68,7 +68,7 @@ triton = {"inputs": [pictures], "outputs": outputs}
 print(json.dumps(triton if sys.argv[3] == "triton" else {"inputs": {"pictures": pixels.tolist()}}))
 """
 TRITON = """\
-# repository/ holds a model for every variant and precision, and `champion`
+# repository/ holds a model for every variant and precision, and, once one was chosen, `champion`
 tritonserver --model-repository repository --disable-auto-complete-config --http-address 127.0.0.1 --grpc-address 127.0.0.1
 python request.py picture.png {mode} triton > request.json  # without a GPU: --model-config-name=cpu in the line above
 curl -s http://127.0.0.1:8000/v2/models/{served}/infer -H 'Content-Type: application/json' -d @request.json
