@@ -16,7 +16,7 @@ from pipeline.report.table import cell, columns
 
 MARGINS = {"wide": (720.0, 400.0, 74.0), "narrow": (380.0, 380.0, 62.0)}  # width, height and left of the plot
 RIGHT, TOP, BOTTOM = 20, 26, 58
-SIZE, APART = 6.5, 9  # of markers: half their width, and how far they stand apart where they would meet
+SIZE, APART = 6.5, 14  # of markers: half their width, and how far they stand apart where they would meet
 REACH = 15  # radius of the circle that shows where the focus is
 RINGS = ("", "2 2.5", "5 2.5", "1 3")  # dashes of the rings of the second precision, the third, ...
 AXES = ("revive", "compress", "precision")
