@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: all test gpu ui serve ask track repository table lock clean
+.PHONY: all test long gpu ui serve ask track repository table lock clean
 
 all: .venv/installed
 	python -m stages.check
@@ -24,6 +24,11 @@ test: .venv/installed
 	basedpyright
 	hadolint Dockerfile
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive pytest
+
+long: .venv/installed
+	pytest -m long
+	python -m tests.exported
+	python -m tests.kill
 
 gpu: .venv/installed
 	pytest -m gpu

@@ -1,4 +1,4 @@
-"""Three clones build a share each; a fourth assembles everything from a folder remote without a training, and MLflow has it once."""
+"""Three clones build a share each; a fourth assembles everything from a folder remote without a training, and publishes it once."""
 
 import argparse
 import re
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 SHARES = {"first": "none", "second": "diet", "third": "dealloc"}
+pytestmark = pytest.mark.long
 TRAINING = r"^> python -m stages\.(train|revive|compress) "
 
 
