@@ -38,6 +38,7 @@ gpu: .venv/installed
 	python -m recipes.run compress_cifar10 --seeds 0
 	for network in wrn_22_1 resnet_20 vgg16; do python -m benchmarks.compress outputs/recipes/compress_cifar10/$$network/base/full/0/model --tune 2 || exit 1; done
 	dvc repro # another machine than before: it profiles again, on CUDA too
+	python -m benchmarks.serving --provider cuda --ways raw
 	python -m recipes.run kflo_cifar10 'cifar_quick/*' --seeds 0 1 2 # the paper's full schedule; data/raw, or add --data FILE.npz
 	python -m recipes.run kflo_cifar10 'vgg16/*' 'wrn_28_2/*' --seeds 0
 	python -m recipes.run reactivation_cifar10 resnet_32/baseline resnet_32/reactivation --seeds 0 1 2
