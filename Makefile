@@ -23,7 +23,7 @@ test: .venv/installed
 	ruff check .
 	basedpyright
 	hadolint Dockerfile
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive pytest --numprocesses 2 --dist loadfile
 
 long: .venv/installed
 	pytest -m long

@@ -99,28 +99,39 @@ def caller(session: "onnxruntime.InferenceSession", provider: Provider, batch: i
     Input and output lie in the device's memory, allocated once, and the call ends when the device has finished. With `copies`
     it goes from an array of the host to a new one, as `session.run` does.
     """
-    import onnxruntime
-
-    entry, answer = session.get_inputs()[0], session.get_outputs()[0]
+    entry = session.get_inputs()[0]
     images = np.random.default_rng(0).standard_normal((batch, *entry.shape[1:]), dtype=np.float32)
     if copies:
-        names, feeds = [answer.name], {entry.name: images}
+        names, feeds = [session.get_outputs()[0].name], {entry.name: images}
         return lambda: session.run(names, feeds)
-    device = "cpu" if provider == "cpu" else "cuda"
-    shape = (batch, *answer.shape[1:])
-    binding = session.io_binding()
-    binding.bind_ortvalue_input(entry.name, onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0))
-    result = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
-    binding.bind_ortvalue_output(answer.name, result)
-    if device == "cpu":
-        return lambda: session.run_with_iobinding(binding)
-    binding.synchronize_inputs()
+    return _Bound(session, images, "cpu" if provider == "cpu" else "cuda")
 
-    def call() -> None:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
 
-    return call
+class _Bound:
+    """A session with input and output bound, to be called. ONNX Runtime's binding keeps neither the values nor the session alive,
+    and must not outlive the session."""
+
+    def __init__(self, session: "onnxruntime.InferenceSession", images: np.ndarray, device: str) -> None:
+        import onnxruntime
+
+        entry, answer = session.get_inputs()[0], session.get_outputs()[0]
+        shape = (len(images), *answer.shape[1:])
+        self.session, self.device = session, device
+        self.given = onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)
+        self.result = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
+        self.binding = session.io_binding()
+        self.binding.bind_ortvalue_input(entry.name, self.given)
+        self.binding.bind_ortvalue_output(answer.name, self.result)
+        self.images = images  # on the CPU the value is this memory
+        self.binding.synchronize_inputs()
+
+    def __call__(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+        if self.device != "cpu":
+            self.binding.synchronize_outputs()
+
+    def __del__(self) -> None:
+        self.__dict__.pop("binding", None)
 
 
 def elsewhere(session: "onnxruntime.InferenceSession", provider: Provider) -> dict[str, dict[str, int]]:
