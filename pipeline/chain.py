@@ -75,7 +75,7 @@ def train_stage(
     validation = where.batches("validation", EVALUATION_BATCH)
     blank = blank or (lambda: checkpoint.blank(card))
     run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage, fresh=fresh, blank=blank)
-    trained = train(run, [*expansion_hooks(card), *hooks], resume)
+    trained = train(run, [*expansion_hooks(card), *hooks], resume, where.runtime.launch)
     finish(where, record, run, trained, card, out)
     resume.clear()
     distributed.wait()

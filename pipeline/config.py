@@ -94,6 +94,9 @@ class Augment(Section):
         return self
 
 
+Launch = Literal["eager", "graph", "compile"]  # how a step's kernels are launched: pipeline/step.py
+
+
 class Runtime(Section):
     """Where and how the computing is done."""
 
@@ -102,6 +105,16 @@ class Runtime(Section):
     workers: int = Field(ge=0)  # processes that decode streamed images, for each that trains
     processes: int = Field(ge=1)  # that train together on each host, on CUDA each on its own device
     hosts: int = Field(ge=1)  # machines that train together
+    save_s: float = Field(gt=0)  # seconds between two saves within an epoch
+    launch: Launch
+
+    @model_validator(mode="after")
+    def _a_graph_is_of_one_process(self) -> Self:
+        if self.launch == "graph" and (self.device == "cpu" or self.processes * self.hosts > 1):
+            raise PydanticCustomError(
+                "launch", "launch must be eager or compile on a cpu, or where several processes train together"
+            )
+        return self
 
 
 class Steps(Section):
@@ -124,7 +137,7 @@ class Fit(Section):
     schedule: Literal["cosine", "constant"] | Steps  # cosine falls to 0 at each step; the others at each epoch
     label_smoothing: float = Field(ge=0, lt=1)
     select: Literal["last", "best"]  # keep the last epoch or the one with the best validation accuracy
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
 
     @model_validator(mode="after")
     def _nesterov_has_a_momentum(self) -> Self:

@@ -44,8 +44,7 @@ def evaluate(model: nn.Module, batches: Batches) -> Score:
     with parametrize.cached():
         for images, targets in batches.epoch(0, distributed.part):
             tally.add(model(images), targets)
-    tally.total = distributed.total(tally.total)
-    return tally.score()
+    return tally.score(distributed.total(tally.sums()))
 
 
 @torch.no_grad()

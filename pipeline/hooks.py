@@ -13,7 +13,7 @@ One stage trains in one or more rounds, each with a fresh optimiser and its lear
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Run:
     device: torch.device
     stage: str = "train"
     optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None  # of the loss, for gradients in fp16
     rounds: list[int] = field(default_factory=list)  # planned epochs of each round
     round: int = 0  # counted from 1; 0 before the first
     round_epoch: int = 0  # epochs finished in this round
@@ -144,6 +145,11 @@ class Hook:
     def penalty(self, run: Run, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor | None:
         """A scalar added to the loss of one step."""
         return None
+
+    def penalty_reads(self, run: Run) -> Hashable | None:
+        """What `penalty` reads beside tensors that stay in their place: where it changes, a captured step is captured anew. None
+        where the penalty cannot be captured."""
+        return ()
 
     def after_step(self, run: Run) -> None:
         """Look at the weights, or change them in place, after a step of the optimiser."""

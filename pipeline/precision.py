@@ -7,10 +7,10 @@ import torch
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context of a forward pass: bf16 where asked, or, for "auto", where the hardware multiplies in bf16."""
+    """The context of a forward pass: bf16 or fp16 where asked, or, for "auto", bf16 where the hardware multiplies in it."""
     if precision == "fp32" or (precision == "auto" and not has_bf16(device)):
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 def has_bf16(device: torch.device) -> bool:

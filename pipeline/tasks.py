@@ -170,18 +170,22 @@ class Tally:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.total: dict[str, float] = {}
+        self.total: dict[str, Tensor | float] = {}  # tensors stay on the device, which nobody waits for
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """One batch more."""
         outputs = outputs.float()
         hits, of = self.task.hits(outputs, targets)
         for name, value in {"hits": hits, "of": of, **self.task.sums(outputs, targets)}.items():
-            self.total[name] = self.total.get(name, 0.0) + float(value)
+            self.total[name] = self.total.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
 
-    def score(self) -> Score:
-        """Of all that was added."""
-        total = self.total
+    def sums(self) -> dict[str, float]:
+        """What was added up."""
+        return {name: float(value) for name, value in self.total.items()}
+
+    def score(self, sums: Mapping[str, float] | None = None) -> Score:
+        """Of all that was added, or of `sums` of several tallies."""
+        total = self.sums() if sums is None else sums
         return Score(share(total["hits"], total["of"]), total["loss"] / max(total["losses"], 1), self.task.others(total))
 
     def metrics(self, prefix: str = "test_") -> dict[str, float]:

@@ -4,25 +4,24 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from pipeline import distributed
-from pipeline.config import Fit, Steps
+from pipeline.config import Fit, Launch, Steps
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
 from pipeline.filters import strength
 from pipeline.hooks import Hook, ParameterRule, Run, stable_seed
 from pipeline.layers import convolutions, expanded
-from pipeline.precision import autocast
 from pipeline.progress import Progress
 from pipeline.resume import Resume
+from pipeline.step import Step
 from pipeline.tasks import check_options, share
 
 CHECK_EVERY = 50  # steps between two looks at the loss: a look waits for the device
 
 
-def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.Module:
+def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None, launch: Launch = "eager") -> nn.Module:
     """Train `run.model` as its fit and its hooks say, and return the final model in evaluation mode.
 
     With `resume`, the state is kept after every epoch: a run that was killed goes on after its last whole epoch and ends, on
@@ -38,10 +37,10 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.M
     distributed.agree(run.model)
     run.rounds = _rounds(run.fit.epochs, hooks)
     if resume and resume.load(run, hooks):
-        run.optimizer = _optimizer(run, hooks)
+        _begin_optimizer(run, hooks)
         resume.load_optimizer(run)
     with Progress(run) as progress:
-        _train_rounds(run, hooks, resume, progress)
+        _train_rounds(run, hooks, Step(run, hooks, launch), resume, progress)
     run.round = min(run.round, len(run.rounds))
     if run.best:
         run.model.load_state_dict(run.best)
@@ -51,16 +50,16 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None) -> nn.M
     return run.model.eval()
 
 
-def _train_rounds(run: Run, hooks: Sequence[Hook], resume: Resume | None, progress: Progress) -> None:
+def _train_rounds(run: Run, hooks: Sequence[Hook], step: Step, resume: Resume | None, progress: Progress) -> None:
     run.round = max(run.round, 1)
     while run.round <= len(run.rounds):
         if run.round_epoch == 0:
             if not all([hook.begin_round(run) for hook in hooks]):
                 return
             distributed.agree(run.model)
-            run.optimizer = _optimizer(run, hooks)
+            _begin_optimizer(run, hooks)
         while run.round_epoch < run.rounds[run.round - 1]:
-            _train_epoch(run, hooks, progress)
+            _train_epoch(run, step, progress)
             final = (run.round, run.round_epoch) == (len(run.rounds), run.rounds[-1])
             if not final and any([hook.after_epoch(run) for hook in hooks]):
                 run.round_epoch = run.rounds[run.round - 1]
@@ -71,13 +70,13 @@ def _train_rounds(run: Run, hooks: Sequence[Hook], resume: Resume | None, progre
         run.round_epoch = 0
 
 
-def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
+def _train_epoch(run: Run, step: Step, progress: Progress) -> None:
     """One pass over the training images and one over the validation images; a row of history."""
     own = [distributed.rank()] if distributed.rank() else []  # dropout differs between the parts of a batch
     torch.manual_seed(stable_seed(run.seed, run.stage, "epoch", run.epoch, *own))
     run.model.train()
     with distributed.synchronised(run.model, run.device):
-        sums = _train_steps(run, hooks, progress)
+        sums = _train_steps(run, step, progress)
     distributed.average_statistics(run.model)
     run.round_epoch += 1
     run.epoch += 1
@@ -99,40 +98,18 @@ def _train_epoch(run: Run, hooks: Sequence[Hook], progress: Progress) -> None:
     progress.epoch(row)
 
 
-def _train_steps(run: Run, hooks: Sequence[Hook], progress: Progress) -> dict[str, float]:
+def _train_steps(run: Run, step: Step, progress: Progress) -> dict[str, float]:
     """The steps of an epoch; sums over them, and over the processes, of the loss and of what the headline score is made of."""
-    loss_sum, all_sum = torch.zeros((2,), device=run.device)
-    counts = torch.zeros((2,), dtype=torch.int64, device=run.device)
-    for step, (images, labels) in enumerate(run.steps(run.train)):
-        _set_learning_rate(run, step)
-        loss, everything, logits = _step(run, hooks, images, labels)
-        loss_sum += loss
-        all_sum += everything
-        for total, count in zip(counts, run.task.hits(logits, labels), strict=True):
-            total += count
-        if step % CHECK_EVERY == 0 or step + 1 == len(run.train):
-            _refuse_divergence(run, distributed.total({"loss": float(all_sum)})["loss"])
-            progress.step(step, float(loss_sum) / (step + 1))
-    return distributed.total({"loss": float(loss_sum), "hits": float(counts[0]), "of": float(counts[1])})
-
-
-def _step(run: Run, hooks: Sequence[Hook], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the optimiser; the task's loss before it, the same with the hooks' penalties, and the network's outputs."""
-    assert run.optimizer is not None
-    # Cached: a computed weight is composed once a step, however often the layers and the penalties read it.
-    with parametrize.cached():
-        with autocast(run.device, run.fit.precision):
-            logits = run.model(images)
-        loss = run.task.loss(logits.float(), labels, run.fit.label_smoothing)
-        penalties = [penalty for hook in hooks if (penalty := hook.penalty(run, images, labels, logits)) is not None]
-        run.optimizer.zero_grad(set_to_none=True)
-        everything = sum(penalties, loss)
-        everything.backward()
-    distributed.average_gradients(run.model)
-    run.optimizer.step()
-    for hook in hooks:
-        hook.after_step(run)
-    return loss.detach(), everything.detach(), logits.detach()
+    step.begin()
+    for number, (images, labels) in enumerate(run.steps(run.train)):
+        run.lr = learning_rate(run.fit, run.round_epoch + number / len(run.train), run.rounds[run.round - 1])
+        step.take(images, labels)
+        if number % CHECK_EVERY == 0 or number + 1 == len(run.train):
+            loss, everything, *_ = step.read()
+            _refuse_divergence(run, distributed.total({"loss": everything})["loss"])
+            progress.step(number, loss / (number + 1))
+    loss, _, hits, of = step.read()
+    return distributed.total({"loss": loss, "hits": hits, "of": of})
 
 
 def learning_rate(fit: Fit, progress: float, epochs: int) -> float:
@@ -144,14 +121,7 @@ def learning_rate(fit: Fit, progress: float, epochs: int) -> float:
     return fit.lr * 0.5 * (1 + math.cos(math.pi * progress / epochs))
 
 
-def _set_learning_rate(run: Run, step: int) -> None:
-    assert run.optimizer is not None
-    run.lr = learning_rate(run.fit, run.round_epoch + step / len(run.train), run.rounds[run.round - 1])
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.lr * group["lr_scale"]
-
-
-def _optimizer(run: Run, hooks: Sequence[Hook]) -> torch.optim.Optimizer:
+def _begin_optimizer(run: Run, hooks: Sequence[Hook]) -> None:
     """A fresh optimiser: one group for each rule that hooks give parameters, in the order of the model."""
     rules: dict[nn.Parameter, ParameterRule] = {}
     usual = ParameterRule(run.fit.weight_decay)
@@ -165,8 +135,15 @@ def _optimizer(run: Run, hooks: Sequence[Hook]) -> torch.optim.Optimizer:
     fit = run.fit
     grouped = [{"params": members, **rule._asdict()} for rule, members in groups.items()]
     if fit.optimizer == "adam":
-        return torch.optim.Adam(grouped, lr=fit.lr, betas=(fit.momentum, 0.999), fused=True)
-    return torch.optim.SGD(grouped, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=True)
+        capturable = run.device.type == "cuda"
+        run.optimizer = torch.optim.Adam(grouped, lr=fit.lr, betas=(fit.momentum, 0.999), fused=True, capturable=capturable)
+    else:
+        run.optimizer = torch.optim.SGD(grouped, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=True)
+    if fit.precision == "fp16":
+        run.scaler = torch.amp.GradScaler(run.device.type)
+        if fit.optimizer == "sgd" and fit.momentum:  # torch would leave them undefined where the first step overflows
+            for parameter in (parameter for members in groups.values() for parameter in members):
+                run.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _rounds(epochs: int, hooks: Sequence[Hook]) -> list[int]:

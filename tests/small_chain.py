@@ -68,7 +68,7 @@ def parameters() -> dict[str, Any]:
         "seed": [0],
         "data": data | {"crop": None, "test": 0.4, "per_class": None, "split_seed": 0, "mean": "auto", "std": "auto"},
         "augment": {"pad": 1, "pad_mode": "zero", "flip": False, "scale": None},
-        "runtime": {"device": "cpu", "threads": 1, "workers": 0, "processes": 1, "hosts": 1},
+        "runtime": {"device": "cpu", "threads": 1, "workers": 0, "processes": 1, "hosts": 1, "save_s": 60, "launch": "eager"},
         "model": {"name": "cifar_quick"},
         "train": {
             "start": "data/start",

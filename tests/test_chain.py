@@ -43,7 +43,7 @@ def with_another_test_split(data: Prepared, folder: Path) -> Prepared:
 
 def stage(data: Prepared, hooks: list[Hook], out: Path, chosen: Fit) -> dict[str, Any]:
     """A stage on the expanded cifar_quick; what it wrote to record.json."""
-    runtime = Runtime(device="cpu", threads=1, workers=0, processes=1, hosts=1)
+    runtime = Runtime(device="cpu", threads=1, workers=0, processes=1, hosts=1, save_s=60, launch="eager")
     augment = Augment(pad=1, pad_mode="zero", flip=False, scale=None)
     where = chain.Setting(data, augment, runtime, torch.device("cpu"), out / "resume")
     torch.manual_seed(0)

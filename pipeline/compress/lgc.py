@@ -141,6 +141,9 @@ class LearnedGroups(hooks.Hook):
         layers: list[Any] = [run.network.get_submodule(name) for name in self.names]
         return self.options.lasso * torch.stack([group_lasso(layer.weight, self.options.groups) for layer in layers]).sum()
 
+    def penalty_reads(self, run: hooks.Run) -> int:
+        return self.stage
+
     def after_step(self, run: hooks.Run) -> None:
         self.steps += 1
         share = self.steps / (self.options.until * run.epochs * len(run.train))

@@ -113,6 +113,9 @@ class Slimming(removal.Removal):
             return None
         return self.options.sparsity * torch.stack([scale.abs().sum() for scale in penalised(run.network)]).sum()
 
+    def penalty_reads(self, run: hooks.Run) -> bool:
+        return self.is_cut
+
     def finish(self, run: hooks.Run) -> None:
         if self.options.cut_after is not None and not self.is_cut:
             self.slim(run)

@@ -179,6 +179,9 @@ class Grafting(hooks.Hook):
             losses.append(run.task.loss(other.float(), classes, run.fit.label_smoothing))
         return torch.stack(losses).sum()
 
+    def penalty_reads(self, run: hooks.Run) -> tuple[()] | None:
+        return () if self.options.data == "same" else None  # else it takes batches of its own
+
     def after_epoch(self, run: hooks.Run) -> bool:
         options = self.options
         done = graft(self._together(run).networks, strength=options.strength, steepness=options.steepness, bins=options.bins)
