@@ -44,6 +44,8 @@ def setting(params: dict[str, Any], prepared: Path, resume: Path) -> tuple[Setti
     augment = parse("augment", lookup(params, "augment"), Augment)
     runtime = parse("runtime", lookup(params, "runtime"), Runtime)
     device = pick_device(runtime.device, runtime.threads)
+    if runtime.launch == "graph" and device.type != "cuda":
+        raise InputError("params.yaml: runtime.launch = 'graph' needs a CUDA device, and there is none here; use eager or compile")
     where = Setting(load(prepared), augment, runtime, device, resume)
     return where, {"augment": augment.model_dump(), "runtime": runtime.model_dump()}
 
@@ -70,7 +72,7 @@ def train_stage(
     stage, seed = record.identity["stage"], record.identity["seed"]
     assert isinstance(seed, int)
     decisive = [record.identity, record.parameters, where.prepared.fingerprint, str(where.device)]
-    resume = Resume(where.resume, f"{stage}-{record.identity['variant']}", fingerprint(decisive, inputs))
+    resume = Resume(where.resume, f"{stage}-{record.identity['variant']}", fingerprint(decisive, inputs), where.runtime.save_s)
     train_batches = where.batches("train", fit.batch_size, seed)
     validation = where.batches("validation", EVALUATION_BATCH)
     blank = blank or (lambda: checkpoint.blank(card))

@@ -18,7 +18,7 @@ from pipeline.tasks import TASKS, Score, Tally
 def pick_device(wanted: str, threads: int) -> torch.device:
     """The device for "auto", "cpu" or "cuda", with deterministic kernels and `threads` CPU threads."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does the same and imports the compiler: a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # NaN into every new tensor
     _keep_freed_memory()
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""In which numbers a forward pass computes."""
+"""In which numbers a forward pass computes: bf16, fp16 or fp32."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

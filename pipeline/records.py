@@ -67,7 +67,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write record.json into `folder`."""
-        files.write_json(folder / "record.json", self.as_dict())
+        files.write_json(folder / "record.json", self.as_dict(), summed=True)
 
 
 def read_records(root: Path) -> list[dict[str, Any]]:
@@ -89,9 +89,9 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The git commit of the working directory, "-dirty" appended where tracked files differ from it; None outside a repository.
-    params.yaml and dvc.lock do not count: parameters stand in the record itself, and the lock changes while the chain runs."""
+    params.yaml and DVC's locks do not count: parameters stand in the record itself, and the locks change while the chain runs."""
     try:
-        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!params.yaml", ":!dvc.lock")
+        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!params.yaml", ":!*dvc.lock")
         return _git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -17,8 +17,7 @@ def main(revive: str, compress: str, seed: str) -> None:
     collapse(collapsed)
     variant = f"{revive}-{compress}-{seed}"
     record = Record("collapse", variant, used, revive=revive, compress=compress, seed=int(seed))
-    batches = where.batches("test", chain.EVALUATION_BATCH)
-    record.metrics |= certify(expanded.to(where.device), collapsed.to(where.device), batches)
+    record.metrics |= certify(expanded.to(where.device), collapsed.to(where.device), where.evaluated("test"))
     record.metrics["parameters"] = sum(parameter.numel() for parameter in collapsed.parameters())
     chain.write(record, collapsed, {**card, "expansion": None}, folder("collapse", revive, compress, seed))
 

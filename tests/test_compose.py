@@ -127,7 +127,7 @@ def test_what_dockerfiles_copy_is_there_and_not_left_out() -> None:
             if word == "COPY" and "--from" not in rest:
                 *sources, _ = [part for part in rest.split() if not part.startswith("--")]
                 assert sources and all((ROOT / source).exists() and source not in left_out for source in sources), rest
-    needed = {"pipeline", "stages", "dvc.yaml", "params.yaml", "requirements.lock", ".dvc", "pyproject.toml"}
+    needed = {"pipeline", "stages", "machine", "dvc.yaml", "params.yaml", "requirements.lock", ".dvc", "pyproject.toml"}
     assert not needed & set(left_out) and {"outputs", "repository", "data", ".git"} <= set(left_out)
 
 

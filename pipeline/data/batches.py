@@ -2,11 +2,12 @@
 
 B: images in a batch, C: channels, H, W: height and width as stored, h, w: as the network sees them, the same two unless the
 images are resampled; p: pixels of padding. An epoch's order, crops, boxes and flips depend on (seed, epoch number) alone, so a
-run that continues at epoch n sees what an undisturbed run sees.
+run that continues at epoch n, or within it, sees what an undisturbed run sees.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from pipeline.data.targets import TYPES, Targets
 from pipeline.errors import InputError
 
 FORMAT = 2
+AT_ONCE = 2**24  # values in the batches that are made at once, 64 MiB
 SPLITS = ("train", "validation", "test")
 SplitName = Literal["train", "validation", "test"]
 
@@ -57,6 +59,7 @@ def load(folder: Path) -> Prepared:
         known["task"] = card.get("task", "classify")
         prepared = TypeAdapter(Prepared).validate_python({"folder": folder, **known})
         sizes = {name: int(card["files"][name]) for split in SPLITS for name in _names(prepared, split)}
+        sums = dict(card.get("sums", {}))  # older folders have none
         fits = len(prepared.mean) == len(prepared.std) == prepared.shape[0] and set(prepared.counts) == set(SPLITS)
         fits = fits and all(value > 0 for value in prepared.std) and prepared.shape == seen(prepared.stored, prepared.crop)
     except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
@@ -69,6 +72,8 @@ def load(folder: Path) -> Prepared:
             raise _damaged(path, "it is missing")
         if path.stat().st_size != size:
             raise _damaged(path, f"it has {path.stat().st_size} bytes, not {size}")
+        if name in sums and files.crc32(path) != sums[name]:
+            raise _damaged(path, "it is not what was prepared, says its sum")
     for split in SPLITS:
         _check(prepared, split)
     return prepared
@@ -86,7 +91,7 @@ class Batches:
     the only one; without, all come in the order of the split. `augment` (None: no change) pads by p pixels and crops back
     at a random place, or takes a random box instead of the prepared crop, and flips half of the images, each image on its
     own. Pixels in memory live on the device as uint8 and as they are stored; streamed ones are decoded by `workers`
-    processes (0: in this one). `images`: how many images an epoch yields.
+    processes (0: in this one), which stay from epoch to epoch. `images`: how many images an epoch yields.
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class Batches:
             pixels = torch.from_numpy(np.load(prepared.folder / f"{split}_images.npy", allow_pickle=False)).to(self.device)
             self._pixels = pixels if self._resampled else views.pad(pixels, augment)
         else:
-            self._files = _listed(prepared, split)
+            self._reader = stream.Reader(_listed(prepared, split), workers, pin=self.device.type == "cuda")
         self._targets: Targets | None = None
         if prepared.task == "classify":
             self._labels = torch.from_numpy(np.load(prepared.folder / f"{split}_labels.npy", allow_pickle=False)).to(self.device)
@@ -135,10 +140,15 @@ class Batches:
         whole, rest = divmod(self.count, self.batch_size)
         return whole + (rest > 0 and not (self.shuffle and whole > 0))
 
-    def epoch(self, number: int, part: Callable[[int], slice] = slice) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def waited(self) -> float | None:
+        """Seconds that whoever took batches had to wait for images to be decoded; None where they are in memory."""
+        return self._reader.waited if self._pixels is None else None
+
+    def epoch(self, number: int, part: Callable[[int], slice] = slice, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Epoch `number`: float32 images (B, C, h, w), normalised, and int64 labels (B,), or float32 masks of 0 and 1 or depths in
         metres (B, h, w), as `prepared.task` says; all on the device. Of each batch only the `part` of its length; a batch of which
-        that is nothing is left out."""
+        that is nothing is left out. The first `start` of these batches are passed over, and none of their images is read."""
         draw = torch.Generator()
         draw.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{number}".encode()).digest()[:8], "big"))
         order = torch.randperm(self.count, generator=draw) if self.shuffle else torch.arange(self.count)
@@ -148,23 +158,31 @@ class Batches:
         flips = torch.rand(self.images, generator=draw) < 0.5
         if self._boxes is not None:
             places = views.draw_boxes(self.images, self.prepared.stored[1:], self._boxes, draw)
-        places, flips = places.to(self.device).split(self.batch_size, 1), flips.to(self.device).split(self.batch_size)
+        positions = [numbers[part(len(numbers))] for numbers in torch.arange(self.images).split(self.batch_size)]
+        positions = [own for own in positions if len(own)][start:]
+        left = torch.cat([torch.arange(0), *positions])
         streamed = self._pixels is None and (self._targets is None or self._targets.pool is None)
-        batches = (order if streamed else order.to(self.device)).split(self.batch_size)
-        parts = [part(len(numbers)) for numbers in batches]
-        kept = [index for index, numbers in enumerate(batches) if len(numbers[parts[index]])]
-        picks = [batches[index][parts[index]] for index in kept]
-        for index, numbers, (pixels, chosen) in zip(kept, picks, self._pools(picks), strict=True):
-            own = parts[index]
-            flip = flips[index][own] if self.augment and self.augment.flip else None
-            yield self._view(pixels, chosen, numbers, places[index][:, own], flip)
+        order, places, flips = order[left].to("cpu" if streamed else self.device), places[:, left], flips[left]
+        lengths, many = [len(own) for own in positions], 1 if streamed else self._at_once()
+        groups = [lengths[at : at + many] for at in range(0, len(lengths), many)]
+        sizes = [sum(group) for group in groups]
+        picks, flips, places = order.split(sizes), flips.to(self.device).split(sizes), places.to(self.device).split(sizes, 1)
+        flipped = flips if self.augment and self.augment.flip else [None] * len(groups)
+        for group, numbers, place, flip, pool in zip(groups, picks, places, flipped, self._pools(picks), strict=True):
+            images, targets = self._view(*pool, numbers, place, flip)
+            yield from zip(images.split(group), targets.split(group), strict=True)
+
+    def _at_once(self) -> int:
+        """How many batches are made at once: on a GPU several, as launching one's kernels takes longer than they run; on a CPU one,
+        which stays in its cache."""
+        return max(1, AT_ONCE // (self.batch_size * math.prod(self.prepared.shape))) if self.device.type == "cuda" else 1
 
     def stored(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each batch in the order of the split uint8 pixels as they are stored, padded where they are augmented, (N, H, W, C),
         and which B of these N are meant."""
         return self._pools(list(torch.arange(self.count).split(self.batch_size)))
 
-    def _pools(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pools(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each of `batches`, numbers of images, padded uint8 pixels (N, H + 2p, W + 2p, C), and which B of these N are meant.
 
         Images that are resampled come as (N, H, W, C): they are padded afterwards.
@@ -173,8 +191,7 @@ class Batches:
             yield from ((self._pixels, picks) for picks in batches)
             return
         numbers = [picks.tolist() for picks in batches]
-        for pixels in stream.read(self._files, numbers, self.workers, pin=self.device.type == "cuda"):
-            pixels = pixels.to(self.device, non_blocking=True)
+        for pixels in stream.upload(self._reader.read(numbers), self.device):
             pixels = pixels if self._resampled else views.pad(pixels, self.augment)
             yield pixels, torch.arange(len(pixels), device=self.device)
 
@@ -253,4 +270,4 @@ def _listed(prepared: Prepared, split: str) -> stream.Files:
 
 
 def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is damaged ({why}): delete {path.parent} and run `dvc repro` again")
+    return InputError(f"{path} is damaged ({why}): delete {path.parent} and run `dvc repro` again; {files.BACK}")

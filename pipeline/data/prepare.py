@@ -1,6 +1,6 @@
 """Raw data -> a folder of plain files that `batches.load` accepts, written whole or not at all.
 
-data.json                                 name, classes, shapes, crop, normalisation, counts, fingerprint, file sizes
+data.json                                 name, classes, shapes, crop, normalisation, counts, fingerprint, file sizes and sums
 {train,validation,test}_labels.npy        int64 (N,)                                           (task: classify)
 {train,validation,test}_targets.npy       (N, H, W), see pipeline/data/targets.py              (other tasks)
 {train,validation,test}_images.npy        uint8 (N, H, W, C)                                   (storage: memory)
@@ -200,10 +200,11 @@ def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[st
     digest.update(json.dumps([card[key] for key in known]).encode())
     card |= {"fingerprint": digest.hexdigest(), "licence": source.licence, "notes": source.notes}
     card["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    card["sums"] = {path.name: files.crc32(path) for path in sorted(out.iterdir())}
     for path in out.iterdir():  # on the disk before data.json, which vouches for them, is
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    files.write_json(out / "data.json", card)
+    files.write_json(out / "data.json", card, summed=True)
     return card
 
 

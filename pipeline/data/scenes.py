@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Data
+from pipeline.data import digits
 from pipeline.data.raw import Source, Split, TaskName
 
 SIDE = 32  # pixels
@@ -26,11 +27,9 @@ LICENCE = "made from: Alpaydin and Kaynak, Optical Recognition of Handwritten Di
 
 
 def _load(options: Data, task: TaskName) -> Source:
-    from sklearn.datasets import load_digits
-
-    digits = np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8) / 16  # ink from 0 to 1
-    last = len(digits) * COUNTS["train"] // sum(COUNTS.values())
-    pools = {"train": digits[:last], "test": digits[last:]}
+    inks = digits.load()[0] / 16  # from 0 to 1
+    last = len(inks) * COUNTS["train"] // sum(COUNTS.values())
+    pools = {"train": inks[:last], "test": inks[last:]}
     splits = {}
     for seed, (name, pool) in enumerate(pools.items()):
         draw = np.random.RandomState(seed)

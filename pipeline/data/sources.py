@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.config import Data
-from pipeline.data import carvana, cifar, fashion_mnist, folders, nyu_v2, scenes, tiny_imagenet
+from pipeline.data import carvana, cifar, digits, fashion_mnist, folders, nyu_v2, scenes, tiny_imagenet
 from pipeline.data.raw import Source, Split
 from pipeline.errors import InputError
 
@@ -27,12 +27,10 @@ def load(options: Data) -> Source:
 
 def _digits(options: Data) -> Source:
     """scikit-learn's 1797 handwritten digits, 8x8 greyscale; values 0..16 become 0..255."""
-    from sklearn.datasets import load_digits
-
-    images, labels = map(np.asarray, load_digits(return_X_y=True))  # (1797, 64), (1797,)
-    pixels = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
+    images, labels = digits.load()
+    pixels = np.round(images[..., None] * 255 / 16).astype(np.uint8)
     licence = "Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, CC BY 4.0; through scikit-learn"
-    return Source(tuple("0123456789"), {"train": Split(pixels, labels.astype(np.int64))}, licence)
+    return Source(tuple("0123456789"), {"train": Split(pixels, labels)}, licence)
 
 
 def _fashion_mnist(options: Data) -> Source:

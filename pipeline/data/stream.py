@@ -4,9 +4,12 @@ H, W: height and width in pixels, C: 1 (greyscale) or 3 (RGB) channels, B: image
 Like torchvision's ImageFolder, decoding drops transparency and leaves EXIF rotation alone.
 """
 
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
 # All that are read: Pillow hands others, such as EPS, to programs that run what is in them.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 WIDE = ("I", "F")  # 32 bits a pixel: nothing says which value is white
+AHEAD = 2  # batches that lie on a GPU beside the one that it works on
 
 
 def header(path: Path) -> tuple[int, tuple[int, int]]:
@@ -53,7 +57,10 @@ def decode(path: Path, content: bytes, channels: int, size: int | None) -> np.nd
 
 
 def resize(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    """uint8 (H, W, C) stretched to (`size`, `size`, C), antialiased bilinear; None leaves it as it is."""
+    """uint8 (H, W, C) stretched to (`size`, `size`, C), antialiased bilinear; None leaves it as it is.
+
+    torchvision's v2 resize of a picture is this very call of Pillow's, and takes a second to import.
+    """
     if size is None or pixels.shape[:2] == (size, size):
         return pixels
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
@@ -89,17 +96,66 @@ class Files(Dataset[Tensor | InputError]):
         return decode(path, content, self.channels, self.size)
 
 
-def read(files: Files, batches: Iterable[list[int]], workers: int, pin: bool) -> Iterator[Tensor]:
-    """For each list of indices the uint8 images (B, size, size, C), in order, decoded by `workers` processes.
+class _Chosen:
+    """The batches that a loader is to read, which change from epoch to epoch."""
 
-    Nothing here is random, so the result does not depend on `workers`. `pin` gives page-locked memory (for CUDA).
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class Reader:
+    """Decodes image files in `workers` processes of one thread each, started once (0: in this process).
+
+    Nothing here is random, so the result does not depend on `workers`. `pin` gives page-locked memory (for CUDA). `waited`: seconds
+    that readings had to wait for images. Readings at the same time have workers of their own.
     """
-    seedless = torch.Generator()  # its own, or DataLoader would advance torch's global generator
-    loader = DataLoader(files, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin, generator=seedless)
-    for images in loader:
-        if isinstance(images, InputError):
-            raise images
-        yield images
+
+    def __init__(self, files: Files, workers: int, pin: bool) -> None:
+        self.files, self.workers, self.pin, self.waited = files, workers, pin, 0.0
+        self._idle: list[tuple[DataLoader[Any], _Chosen]] = []
+
+    def read(self, batches: list[list[int]]) -> Iterator[Tensor]:
+        """For each list of indices the uint8 images (B, size, size, C), in order. `InputError` names a file that is none."""
+        loader, chosen = self._idle.pop() if self._idle else self._new()
+        chosen.batches = batches
+        asked = time.perf_counter()
+        try:
+            for images in loader:
+                self.waited += time.perf_counter() - asked
+                if isinstance(images, InputError):
+                    raise images
+                yield images
+                asked = time.perf_counter()
+        finally:  # also of a reading that is broken off: the loader drops what is left of it
+            self._idle.append((loader, chosen))
+
+    def _new(self) -> tuple[DataLoader[Any], _Chosen]:
+        chosen, stay = _Chosen(), self.workers > 0
+        seedless = torch.Generator()  # its own, or DataLoader would advance torch's global generator
+        how: Any = {"num_workers": self.workers, "persistent_workers": stay, "pin_memory": self.pin, "generator": seedless}
+        return DataLoader(self.files, batch_size=None, sampler=chosen, **how), chosen
+
+
+def upload(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The batches on `device`; on CUDA each is copied while the device works on the one before, of at most AHEAD more."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, used = torch.cuda.Stream(device), deque[torch.cuda.Event]()
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            there = batch.to(device, non_blocking=True)
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(copies)
+        there.record_stream(working)
+        yield there
+        used.append(torch.cuda.Event(blocking=True))
+        used[-1].record(working)
+        if len(used) > AHEAD:
+            used.popleft().synchronize()
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -125,15 +125,22 @@ def nearest(targets: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def cut(pixels: Tensor, picks: Tensor, corners: Tensor, flips: Tensor | None, size: Size) -> Tensor:
     """Of `pixels` (N, H, W, C) windows of `size` (h, w) of the images `picks` (B,), from `corners` (2, B) on, turned left-right
     where `flips` (B,): (B, h, w * C)."""
-    (height, width), channels = size, pixels.shape[3]
-    rows = pixels.flatten(2)  # (N, H, W * C)
-    # (N, H - h + 1, W - w + 1, h, w * C): a view, no copy
-    windows = rows.unfold(1, height, 1).unfold(2, width * channels, channels)
-    images = windows[picks, corners[0], corners[1]]  # (B, h, w * C)
+    (height, width), (_, tall, wide, channels) = size, pixels.shape
+    assert pixels.is_contiguous()
+    # Every run of w * C values in memory as a row of a matrix, without a copy: rows are copied at once, an index of three
+    # dimensions copies value by value.
+    length = width * channels
+    runs = pixels.as_strided((pixels.numel() - length + 1, length), (1, 1))
+    corner = (picks * tall + corners[0]) * wide + corners[1]
+    starts = corner[:, None] + wide * torch.arange(height, device=pixels.device)  # (B, h)
+    images = runs.index_select(0, (channels * starts).flatten()).unflatten(0, starts.shape)
     if flips is None:
         return images
     mirrored = images.unflatten(2, (width, channels)).flip(2).flatten(2)
-    return torch.where(flips[:, None, None], mirrored, images)
+    # The bits in which the two differ, in the images that are turned: several times as fast on a CPU as a choice value by value.
+    chosen = flips.to(torch.uint8).neg()[:, None, None]
+    images.view(torch.uint8).bitwise_xor_(mirrored.view(torch.uint8).bitwise_xor_(images.view(torch.uint8)).bitwise_and_(chosen))
+    return images
 
 
 def pad(pixels: Tensor, augment: Augment | None) -> Tensor:
