@@ -19,7 +19,11 @@ from pipeline.records import Record
 from pipeline.resume import Resume, fingerprint
 from pipeline.training import train
 
-EVALUATION_BATCH = 256  # images; results do not depend on it but for rounding
+# Images that are evaluated at once; results do not depend on it but for rounding.
+BATCH = 256
+LARGE_BATCH = 1024  # on CUDA, of images of at most so many pixels: of larger ones 256 fill a GPU, and 1024 its memory
+SMALL_IMAGE = 64 * 64
+HARMLESS = ("workers", "save_s")  # of `runtime`: an unfinished training goes on where they were changed
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Setting:
         training = split == "train"
         augment = self.augment if training else None
         return Batches(self.prepared, split, batch_size, self.device, augment, training, seed, self.runtime.workers)
+
+    def evaluated(self, split: SplitName) -> Batches:
+        """A split's images, to be evaluated."""
+        large = self.device.type == "cuda" and math.prod(self.prepared.shape[1:]) <= SMALL_IMAGE
+        return self.batches(split, LARGE_BATCH if large else BATCH)
 
 
 def setting(params: dict[str, Any], prepared: Path, resume: Path) -> tuple[Setting, dict[str, Any]]:
@@ -71,10 +80,11 @@ def train_stage(
     """
     stage, seed = record.identity["stage"], record.identity["seed"]
     assert isinstance(seed, int)
-    decisive = [record.identity, record.parameters, where.prepared.fingerprint, str(where.device)]
+    runtime = {key: value for key, value in where.runtime.model_dump().items() if key not in HARMLESS}
+    decisive = [record.identity, record.parameters | {"runtime": runtime}, where.prepared.fingerprint, str(where.device)]
     resume = Resume(where.resume, f"{stage}-{record.identity['variant']}", fingerprint(decisive, inputs), where.runtime.save_s)
     train_batches = where.batches("train", fit.batch_size, seed)
-    validation = where.batches("validation", EVALUATION_BATCH)
+    validation = where.evaluated("validation")
     blank = blank or (lambda: checkpoint.blank(card))
     run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage, fresh=fresh, blank=blank)
     trained = train(run, [*expansion_hooks(card), *hooks], resume, where.runtime.launch)
@@ -92,7 +102,7 @@ def expansion_hooks(card: dict[str, Any]) -> list[Hook]:
 
 def finish(where: Setting, record: Record, run: Run, model: nn.Module, card: dict[str, Any], out: Path) -> None:
     """Evaluate on the test split, and write the model and the record."""
-    test = evaluate(model, where.batches("test", EVALUATION_BATCH))
+    test = evaluate(model, where.evaluated("test"))
     validation = evaluate(model, run.validation)
     _refuse_infinite(model, test.loss, run)
     names = run.task.names

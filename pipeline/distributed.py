@@ -105,8 +105,13 @@ def average_gradients(model: nn.Module) -> None:
 def average_statistics(model: nn.Module) -> None:
     """Of every batch norm, the mean of the running statistics over the processes, in place."""
     if count() > 1:
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        _reduce([value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None])
+        _reduce(statistics(model))
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics of every batch norm: within an epoch on CPUs, a process's own."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
 
 
 def total(sums: Mapping[str, float]) -> dict[str, float]:
@@ -138,6 +143,20 @@ def bytes_of_first(make: Callable[[], bytes]) -> bytes:
     box = box.to(_device())
     dist.broadcast(box, src=0)
     return box.cpu().numpy().tobytes()
+
+
+def bytes_of_each(content: bytes) -> list[bytes]:
+    """What each process gives, in the order of their ranks, in all of them."""
+    if count() == 1:
+        return [content]
+    lengths = torch.zeros(count(), dtype=torch.int64, device=_device())
+    lengths[rank()] = len(content)
+    dist.all_reduce(lengths)
+    row = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+    row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    rows = [torch.empty_like(row, device=_device()) for _ in range(count())]
+    dist.all_gather(rows, row.to(_device()))
+    return [other.cpu().numpy().tobytes()[:length] for other, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def wait() -> None:
@@ -231,7 +250,7 @@ def _refuse(rank: int, code: int, said: str, runtime: Runtime) -> None:
     last = f": {said.splitlines()[-1]}" if said else ""
     raise InputError(
         f"process {rank} of {runtime.processes * runtime.hosts} died ({how}){last}; the others were stopped, and `dvc repro` "
-        "goes on after the last whole epoch"
+        "goes on where it was saved last"
     )
 
 
@@ -242,15 +261,7 @@ def _device() -> str:
 
 def _gathered(value: Any) -> list[Any]:
     """The JSON values of all processes."""
-    content = json.dumps(value).encode()
-    lengths = torch.zeros(count(), dtype=torch.int64, device=_device())
-    lengths[rank()] = len(content)
-    dist.all_reduce(lengths)
-    row = torch.zeros(int(lengths.max()), dtype=torch.uint8)
-    row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    rows = [torch.empty_like(row, device=_device()) for _ in range(count())]
-    dist.all_gather(rows, row.to(_device()))
-    return [json.loads(other.cpu().numpy().tobytes()[:length]) for other, length in zip(rows, lengths.tolist(), strict=True)]
+    return [json.loads(content) for content in bytes_of_each(json.dumps(value).encode())]
 
 
 def _reduce(tensors: list[Tensor]) -> None:

@@ -3,10 +3,16 @@
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
+
+BLANK = b"the SHA-256 of this file with this text in its place".ljust(64, b".")  # where `sealed` puts a sum
+SUM = "sha256_of_this_file"  # with BLANK in its place
+BACK = "where it comes back as it is, .dvc/cache is damaged: delete that too"
+AGAIN = f"delete it and run `dvc repro` again; {BACK}"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -36,24 +42,52 @@ def write_together(contents: dict[Path, bytes]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with a closing newline. NaN and infinities are refused: they are not JSON."""
-    write_bytes(path, as_json(value))
+def write_json(path: Path, value: Any, *, summed: bool = False) -> None:
+    """Write `value` as indented JSON with a closing newline. NaN and infinities are refused: they are not JSON.
+
+    A dict that is `summed` ends with a sum of the whole file, which `read_json` compares and leaves out.
+    """
+    write_bytes(path, as_json(value, summed=summed))
 
 
-def as_json(value: Any) -> bytes:
+def as_json(value: Any, *, summed: bool = False) -> bytes:
     """What `write_json` writes."""
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    whole = {**value, SUM: BLANK.decode()} if summed else value
+    content = (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()
+    return sealed(content) if summed else content
 
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file; `InputError` names the file when it is absent or damaged."""
     try:
-        return json.loads(path.read_text())
+        content = path.read_bytes()
+        value = json.loads(content)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run the stage that writes it first (`dvc repro`)") from None
     except (ValueError, RecursionError) as error:  # no text, no JSON, numbers of thousands of digits, lists in lists in lists
-        raise InputError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro` again") from None
+        raise InputError(f"{path} is not valid JSON ({error}): {AGAIN}") from None
+    if isinstance(value, dict) and SUM in value and not intact(content, value.pop(SUM)):
+        raise InputError(f"{path} is damaged (it is not what was written there, says its sum): {AGAIN}")
+    return value
+
+
+def sealed(content: bytes) -> bytes:
+    """`content` with the SHA-256 of the whole in the place of the one `BLANK` that it has."""
+    return content.replace(BLANK, hashlib.sha256(content).hexdigest().encode(), 1)
+
+
+def intact(content: bytes, told: Any) -> bool:
+    """Whether `content` is as `sealed` made it: every bit of it, with the sum `told` in it."""
+    return isinstance(told, str) and hashlib.sha256(content.replace(told.encode(), BLANK, 1)).hexdigest() == told
+
+
+def crc32(path: Path) -> int:
+    """A sum of a file's bytes that is quick for large files, and that no single damaged place leaves as it is."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def sha256(path: Path) -> str:

@@ -56,6 +56,8 @@ class Run:
     round: int = 0  # counted from 1; 0 before the first
     round_epoch: int = 0  # epochs finished in this round
     epoch: int = 0  # epochs finished in all rounds
+    step: int = 0  # steps done in this epoch
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # over these steps, as `Step.read` gives them; own to a process
     lr: float = 0.0  # of the last step
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch, as in record.json
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -99,8 +101,9 @@ class Run:
         return TASKS[self.train.prepared.task]
 
     def steps(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the steps of this epoch see of `batches`: where several processes train together, this one's part of each."""
-        return batches.epoch(self.epoch, distributed.part)
+        """What the steps of this epoch that are left see of `batches`: where several processes train together, this one's part of
+        each."""
+        return batches.epoch(self.epoch, distributed.part, self.step)
 
     def log(self, kind: str, **facts: Any) -> None:
         """Keep an event for the record, with the epoch after which it happened. A fact about an accuracy goes by the name that the

@@ -1,12 +1,15 @@
-"""The state of an unfinished training, kept after every epoch so that a killed run continues exactly.
+"""The state of an unfinished training, kept after every epoch and now and then within one, so that a killed run continues exactly.
 
 One safetensors file: tensors of the model, the optimiser, the hooks and the best model so far; as metadata the rest in JSON.
 Its name carries a fingerprint of everything that decides the result, so a changed parameter, input or source never resumes.
-Random numbers need no state: every epoch draws its own from the seed.
+Every epoch draws its random numbers from the seed: their state is kept within an epoch alone, with what else each of several
+processes has to itself there (sums over its part of the batches; on CPUs the running statistics of batch norms).
 """
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from safetensors import SafetensorError
 from pipeline import distributed, files
 from pipeline.hooks import Hook, Run
 
-POSITION = ("rounds", "round", "round_epoch", "epoch", "lr", "history", "events", "notes", "best_accuracy")
+POSITION = ("rounds", "round", "round_epoch", "epoch", "step", "lr", "history", "events", "notes", "best_accuracy")
 SOURCES = Path(__file__).parent
 
 
@@ -31,15 +34,33 @@ def fingerprint(decisive: Any, inputs: Iterable[Path]) -> str:
 
 
 class Resume:
-    """Saves and loads the state of one training in `folder`/`name`-FINGERPRINT.safetensors."""
+    """Saves and loads the state of one training in `folder`/`name`-FINGERPRINT.safetensors, within an epoch every `save_s` s."""
 
-    def __init__(self, folder: Path, name: str, fingerprint: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, fingerprint: str, save_s: float = math.inf) -> None:
+        self.folder, self.name, self.save_s = folder, name, save_s
         self.path = folder / f"{name}-{fingerprint}.safetensors"
         self._tensors: dict[str, torch.Tensor] = {}
+        self._own: dict[str, torch.Tensor] = {}
+        self._scaler: dict[str, Any] = {}
+        self._saved = self._asked = time.monotonic()
+
+    def keep(self, run: Run, hooks: Sequence[Hook], steps: int) -> int:
+        """Within an epoch, `steps` steps after this was called last: save if it is time to. Returns in how many steps it will be
+        time again. All processes do alike."""
+        due, pause = distributed.of_first(lambda: self._plan(steps))
+        if due:
+            self.save(run, hooks)
+        self._asked = time.monotonic()
+        return pause
+
+    def _plan(self, steps: int) -> tuple[bool, int]:
+        now = time.monotonic()
+        due = now - self._saved >= self.save_s
+        left = self.save_s if due else self._saved + self.save_s - now
+        return due, int(min(max(left * steps / (now - self._asked), 1), 1e9))
 
     def save(self, run: Run, hooks: Sequence[Hook]) -> None:
-        """Keep the state after an epoch and its edits."""
+        """Keep the state after an epoch and its edits, or after a step."""
         assert run.optimizer is not None
         tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in (run.best or {}).items()}
@@ -49,30 +70,45 @@ class Resume:
             # A momentum that SGD has not set yet is None.
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         rest = {name: getattr(run, name) for name in POSITION} | {"hooks": [hook.state() for hook in hooks]}
+        rest["scaler"] = run.scaler.state_dict() if run.scaler else None
+        for rank, content in enumerate(distributed.bytes_of_each(safetensors.torch.save(_own(run)))) if run.step else ():
+            tensors |= {f"own.{rank}.{name}": tensor for name, tensor in safetensors.torch.load(content).items()}
         if distributed.rank():
             return
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        files.write_bytes(self.path, safetensors.torch.save(stored, metadata={"run": json.dumps(rest)}))
+        metadata = {"run": json.dumps(rest), "sha256": files.BLANK.decode()}
+        files.write_bytes(self.path, files.sealed(safetensors.torch.save(stored, metadata=metadata)))
+        self._saved = time.monotonic()
 
     def load(self, run: Run, hooks: Sequence[Hook]) -> bool:
-        """Take up the state of a killed run, but for its optimiser; False where there is none (or a damaged one)."""
+        """Take up the state of a killed run, but for its optimiser and random numbers. False: there is no whole one."""
         try:
             content = distributed.bytes_of_first(lambda: self.path.read_bytes() if self.path.is_file() else b"")
+            metadata = _metadata(content)
+            if not files.intact(content, metadata["sha256"]):  # a flipped bit is a number like any other
+                return False
             self._tensors = safetensors.torch.load(content)
-            rest = json.loads(_metadata(content)["run"])
-        except (SafetensorError, KeyError, ValueError):
+            rest = json.loads(metadata["run"])
+            if rest["step"]:
+                run.sums = self._tensors[f"own.{distributed.rank()}.sums"].tolist()
+        except (SafetensorError, KeyError, TypeError, ValueError):
             return False
         for name in POSITION:
             setattr(run, name, rest[name])
         for index, (hook, state) in enumerate(zip(hooks, rest["hooks"], strict=True)):
             hook.load_state(state, self._part(f"hook.{index}."))
         run.model.load_state_dict(self._part("model."))
+        self._own, self._scaler = self._part(f"own.{distributed.rank()}."), rest["scaler"]
+        for index, statistic in enumerate(distributed.statistics(run.model) if self._own else ()):
+            statistic.copy_(self._own[f"statistics.{index}"])
         run.best = {name: tensor.to(run.device) for name, tensor in self._part("best.").items()} or None
         return True
 
     def load_optimizer(self, run: Run) -> None:
-        """Give the fresh optimiser of `run` the state that `load` read."""
+        """Give the fresh optimiser of `run`, and its scaler, the state that `load` read."""
         assert run.optimizer is not None
+        if run.scaler:
+            run.scaler.load_state_dict(self._scaler)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in self._part("optimizer.").items():
             index, _, key = name.partition(".")
@@ -85,6 +121,12 @@ class Resume:
                     averages[key] = torch.empty_like(parameter).copy_(average)
         self._tensors = {}
 
+    def load_random(self, run: Run) -> None:
+        """Draw on as in the epoch within which the state was saved, at its next step."""
+        torch.set_rng_state(self._own["random"])
+        if run.device.type == "cuda":
+            torch.cuda.set_rng_state(self._own["random_cuda"], run.device)
+
     def clear(self) -> None:
         """Remove every kept state of this name: its training has ended."""
         if distributed.rank():
@@ -94,6 +136,14 @@ class Resume:
 
     def _part(self, prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+
+
+def _own(run: Run) -> dict[str, torch.Tensor]:
+    """What a process has to itself within an epoch."""
+    own = {"sums": torch.tensor(run.sums, dtype=torch.float64), "random": torch.get_rng_state()}
+    if run.device.type == "cuda":
+        own["random_cuda"] = torch.cuda.get_rng_state(run.device)
+    return own | {f"statistics.{index}": value for index, value in enumerate(distributed.statistics(run.model))}
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Step:
         if not self.compiled:
             self.forward = self.run.model
         elif getattr(self.forward, "_orig_mod", None) is not self.run.model:
+            torch.use_deterministic_algorithms(True, warn_only=True)  # which tells the compiler, too, now that it is needed
             torch._dynamo.reset()  # else code for networks that are gone counts against its limit
             self.forward = torch.compile(self.run.model, dynamic=False)
         if self.replay and self.places != tuple(_places(self.run)):
@@ -115,7 +116,7 @@ class Step:
 def capture(launch: Callable[[], None]) -> Callable[[], None]:
     """What launches all at once, and again each time it is called, the kernels that `launch` would launch one by one."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory for the next images
         launch()
     return graph.replay
 

@@ -24,8 +24,9 @@ CHECK_EVERY = 50  # steps between two looks at the loss: a look waits for the de
 def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None, launch: Launch = "eager") -> nn.Module:
     """Train `run.model` as its fit and its hooks say, and return the final model in evaluation mode.
 
-    With `resume`, the state is kept after every epoch: a run that was killed goes on after its last whole epoch and ends, on
-    the CPU with the same number of threads, bit for bit as an undisturbed one. `InputError` when the loss diverges.
+    With `resume`, the state is kept after every epoch and, every so many seconds, within one: a run that was killed goes on at
+    the batch after it and ends, on the CPU with the same number of threads, bit for bit as an undisturbed one. `InputError` when
+    the loss diverges.
     """
     check_options(run.task, run.stage, run.fit)
     distributed.share_of(min(run.fit.batch_size, run.train.count), f"{run.stage}.fit.batch_size")
@@ -53,13 +54,13 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None, launch:
 def _train_rounds(run: Run, hooks: Sequence[Hook], step: Step, resume: Resume | None, progress: Progress) -> None:
     run.round = max(run.round, 1)
     while run.round <= len(run.rounds):
-        if run.round_epoch == 0:
+        if run.round_epoch == run.step == 0:
             if not all([hook.begin_round(run) for hook in hooks]):
                 return
             distributed.agree(run.model)
             _begin_optimizer(run, hooks)
         while run.round_epoch < run.rounds[run.round - 1]:
-            _train_epoch(run, step, progress)
+            _train_epoch(run, hooks, step, resume, progress)
             final = (run.round, run.round_epoch) == (len(run.rounds), run.rounds[-1])
             if not final and any([hook.after_epoch(run) for hook in hooks]):
                 run.round_epoch = run.rounds[run.round - 1]
@@ -70,17 +71,20 @@ def _train_rounds(run: Run, hooks: Sequence[Hook], step: Step, resume: Resume | 
         run.round_epoch = 0
 
 
-def _train_epoch(run: Run, step: Step, progress: Progress) -> None:
-    """One pass over the training images and one over the validation images; a row of history."""
+def _train_epoch(run: Run, hooks: Sequence[Hook], step: Step, resume: Resume | None, progress: Progress) -> None:
+    """One pass over the training images, or the rest of one, and one over the validation images; a row of history."""
     own = [distributed.rank()] if distributed.rank() else []  # dropout differs between the parts of a batch
     torch.manual_seed(stable_seed(run.seed, run.stage, "epoch", run.epoch, *own))
+    if run.step and resume:
+        resume.load_random(run)
     run.model.train()
     with distributed.synchronised(run.model, run.device):
-        sums = _train_steps(run, step, progress)
+        sums = _train_steps(run, hooks, step, resume, progress)
     distributed.average_statistics(run.model)
+    speed = progress.speed()
+    run.step, run.sums = 0, [0.0] * 4
     run.round_epoch += 1
     run.epoch += 1
-    images_per_s = progress.images_per_s()
     score = evaluate(run.model, run.validation)
     row = {
         "epoch": run.epoch,
@@ -90,7 +94,7 @@ def _train_epoch(run: Run, step: Step, progress: Progress) -> None:
     }
     headline = run.task.names.headline
     row |= {f"train_{headline}": share(sums["hits"], sums["of"])}
-    row |= {"validation_loss": score.loss, f"validation_{headline}": score.accuracy, "images_per_s": images_per_s}
+    row |= {"validation_loss": score.loss, f"validation_{headline}": score.accuracy, **speed}
     run.history.append(row | strength(run.network))
     if run.fit.select == "best" and score.accuracy > run.best_accuracy:
         run.best_accuracy = score.accuracy
@@ -98,17 +102,23 @@ def _train_epoch(run: Run, step: Step, progress: Progress) -> None:
     progress.epoch(row)
 
 
-def _train_steps(run: Run, step: Step, progress: Progress) -> dict[str, float]:
-    """The steps of an epoch; sums over them, and over the processes, of the loss and of what the headline score is made of."""
-    step.begin()
-    for number, (images, labels) in enumerate(run.steps(run.train)):
-        run.lr = learning_rate(run.fit, run.round_epoch + number / len(run.train), run.rounds[run.round - 1])
+def _train_steps(run: Run, hooks: Sequence[Hook], step: Step, resume: Resume | None, progress: Progress) -> dict[str, float]:
+    """The steps of an epoch, or of the rest of one; sums over all of them, and over the processes, of the loss and of what the
+    headline score is made of."""
+    step.begin(run.sums)
+    progress.begin()
+    looked, look = run.step, run.step + 1
+    for images, labels in run.steps(run.train):
+        run.lr = learning_rate(run.fit, run.round_epoch + run.step / len(run.train), run.rounds[run.round - 1])
         step.take(images, labels)
-        if number % CHECK_EVERY == 0 or number + 1 == len(run.train):
-            loss, everything, *_ = step.read()
-            _refuse_divergence(run, distributed.total({"loss": everything})["loss"])
-            progress.step(number, loss / (number + 1))
-    loss, _, hits, of = step.read()
+        run.step += 1
+        if run.step in (look, len(run.train)):
+            run.sums = list(step.read())
+            _refuse_divergence(run, distributed.total({"loss": run.sums[1]})["loss"])
+            progress.step(run.sums[0] / run.step)
+            pause = resume.keep(run, hooks, run.step - looked) if resume and run.step < len(run.train) else CHECK_EVERY
+            looked, look = run.step, run.step + min(pause, CHECK_EVERY)
+    loss, _, hits, of = run.sums
     return distributed.total({"loss": loss, "hits": hits, "of": of})
 
 

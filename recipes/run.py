@@ -3,7 +3,7 @@
     python -m recipes.run kflo_cifar10 'cifar_quick/*' --seeds 0 1 2 [--epochs 30] [--data data/cifar10.npz]
 
 A row is NETWORK/METHOD of recipes/TABLE.yaml (tables.py says how it is made). Trainings that are there already are not repeated,
-one that was interrupted goes on after its last whole epoch, and one that was made with other parameters or data is refused, not
+one that was interrupted goes on where it was saved last, and one that was made with other parameters or data is refused, not
 reused. Several runners may work at once; one that needs what another is making waits. Everything lies under outputs/recipes/:
 
     data/KEY/                                           prepared data
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
             results.append((each.row, train(each)))
             write_report(OUT / asked.table, table)
     except KeyboardInterrupt:
-        print("\nrecipes.run: interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
+        print("\nrecipes.run: interrupted; the same command goes on where it was saved last", file=sys.stderr)
         sys.exit(130)
     print(f"\n{table.paper}\n\n{report(table, results)}\nAll rows that have been run: {OUT / asked.table / 'table.md'}")
 

@@ -1,5 +1,7 @@
 """Batches: every image once, true crops and flips, the same epoch whenever and however it is asked for."""
 
+import copy
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad as torch_pad
+from torchvision.transforms import v2
 
 from pipeline.config import Augment, Data
+from pipeline.data import stream
 from pipeline.data.batches import Batches, Prepared, load
 from pipeline.data.prepare import prepare
 from pipeline.errors import InputError
@@ -179,6 +183,41 @@ def test_the_number_of_workers_changes_nothing(raw: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_workers_stay_from_epoch_to_epoch_and_each_reading_at_a_time_has_its_own(raw: Path, tmp_path: Path) -> None:
+    prepare(options(raw, image_size=9, storage="stream"), tmp_path / "out")
+    there = load(tmp_path / "out")
+    here, streamed = (Batches(there, "train", 16, "cpu", CROP, True, 5, count) for count in (0, 2))
+
+    def pids() -> set[int]:
+        return {child.pid for child in multiprocessing.active_children() if child.pid not in before}
+
+    before = {child.pid for child in multiprocessing.active_children()}
+    assert here.waited == streamed.waited == 0.0
+    assert same(whole(here, 0), whole(streamed, 0))
+    first = pids()
+    assert len(first) == 2
+    broken_off = streamed.epoch(1)
+    next(broken_off)
+    broken_off.close()
+    assert same(whole(here, 2), whole(streamed, 2)) and pids() == first
+    one, other = streamed.epoch(3), copy.copy(streamed).epoch(3)  # as grafting reads
+    for (images, labels), (same_images, same_labels) in zip(one, other, strict=True):
+        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+    assert len(pids()) == 4 and pids() > first
+    assert streamed.waited > 0 and Batches(there, "train", 16, "cpu", CROP, True, 5).waited == 0.0
+
+
+def test_resizing_is_that_of_torchvision_v2() -> None:
+    draw = np.random.default_rng(0)
+    for height, width, channels in ((37, 53, 3), (9, 200, 3), (64, 48, 1)):
+        pixels = draw.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        picture = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+        for size in (8, 32, 60):
+            theirs = np.asarray(v2.functional.resize(picture, [size, size]))  # bilinear
+            assert np.array_equal(stream.resize(pixels, size), theirs.reshape(size, size, channels))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_broken_after_preparing_is_named(workers: int, tmp_path: Path) -> None:
     draw = np.random.default_rng(1)
@@ -189,7 +228,7 @@ def test_an_image_broken_after_preparing_is_named(workers: int, tmp_path: Path) 
     prepare(options(tmp_path / "raw", image_size=6, storage="stream"), tmp_path / "out")
     there = load(tmp_path / "out")
     batches = Batches(there, "train", 2, "cpu", None, False, 0, workers)
-    victim = next(path for path in sorted((tmp_path / "raw").rglob("*.png")) if path.name in str(batches._files.paths[0]))
+    victim = next(path for path in sorted((tmp_path / "raw").rglob("*.png")) if path.name in str(batches._reader.files.paths[0]))
     content = victim.read_bytes()
     for damage, message in (
         (b"\0" * len(content), "cannot be read"),
@@ -215,6 +254,20 @@ def test_results_do_not_depend_on_the_number_of_threads(prepared: Prepared) -> N
     finally:
         torch.set_num_threads(before)
     assert same(*found)
+
+
+@pytest.mark.parametrize(("part", "start"), [(slice, 0), (lambda length: slice(length // 2, length), 1), (slice, 9)])
+def test_batches_made_several_at_once_are_the_same(
+    prepared: Prepared, part: Any, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: 7 batches of 8 images (the last of 60 are dropped), 3 at once, of each the part, from one of them on."""
+    batches = Batches(prepared, "train", 8, "cpu", CROP, True, 0)
+    one_by_one = list(batches.epoch(1, part, start))
+    monkeypatch.setattr(Batches, "_at_once", lambda self: 3)
+    at_once = list(batches.epoch(1, part, start))
+    assert len(one_by_one) == len(at_once) == max(0, 7 - start)
+    for before, after in zip(one_by_one, at_once, strict=True):
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(before, after, strict=True))
 
 
 def test_a_reflection_wider_than_the_image_is_refused(prepared: Prepared) -> None:

@@ -1,28 +1,27 @@
 """Two processes train one network as one process does: with every method, after a death, on two hosts."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from safetensors.torch import load_file
 from small_chain import call, parameters, write_parameters
 from together import methods
-from torch import Tensor
 
 from pipeline import distributed, files
-from pipeline.data.batches import Batches, Prepared
+from pipeline.data.batches import FORMAT, Batches, Prepared
 
 TESTS = Path(__file__).parent
 EQUAL = 1e-5  # of weights and their changes, which are about 1: fp32 sums in another order
-Tensors = dict[str, Tensor]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -37,97 +36,96 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def ends(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders with what every training ends with: of one process, and of two together."""
-    alone, pair = (tmp_path_factory.mktemp(name) for name in ("alone", "pair"))
-    words = [sys.executable, str(TESTS / "together.py"), str(prepared.folder)]
-    subprocess.run([*words, str(alone)], env=environment(), check=True)
+def ends(tiny: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what every training ends with, of one process and of two together."""
+    out = tmp_path_factory.mktemp("ends")
+    data = {key: value for key, value in asdict(tiny).items() if key != "folder"}
+    sizes = {path.name: path.stat().st_size for path in tiny.folder.glob("*.npy")}
+    files.write_json(tiny.folder / "data.json", data | {"format": FORMAT, "files": sizes})
+    words = [sys.executable, str(TESTS / "together.py"), str(tiny.folder), str(out)]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    both = [subprocess.Popen([*words, str(pair)], env=environment(RANK=str(rank), **meeting)) for rank in range(2)]
+    both = [subprocess.Popen(words, env=environment(RANK=str(rank), **meeting)) for rank in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]
-    return alone, pair
+    return out
 
 
 @pytest.mark.parametrize(("family", "method"), methods())
-def test_two_processes_end_alike_and_as_one(family: str, method: str, ends: tuple[Path, Path]) -> None:
-    names = [(ends[0], 0), (ends[1], 0), (ends[1], 1)]
-    alone, first, second = (safetensors.torch.load_file(at / f"{family}-{method}-{rank}.safetensors") for at, rank in names)
+def test_two_processes_end_alike_and_as_one(family: str, method: str, ends: Path) -> None:
+    alone, first, second = (load_file(ends / f"{family}-{method}-{which}.safetensors") for which in ("alone", 0, 1))
     assert alone.keys() == first.keys() == second.keys()
     for name, tensor in alone.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], tensor, rtol=EQUAL, atol=EQUAL, msg=name)
 
 
-def settings(**runtime: int) -> dict[str, Any]:
+def test_two_processes_killed_within_epochs_end_bit_for_bit_as_undisturbed_ones(ends: Path) -> None:
+    found = [load_file(ends / f"{name}-{rank}.safetensors") for name in ("undisturbed", "resumed") for rank in range(2)]
+    for name, tensor in found[0].items():
+        assert all(torch.equal(tensor, other[name]) for other in found), name
+    kept = load_file(ends / "kept-0.safetensors")  # with what is each process's own
+    parts = [{name[6:]: tensor for name, tensor in kept.items() if name.startswith(f"own.{rank}.")} for rank in range(2)]
+    assert parts[0].keys() == parts[1].keys() > {"sums", "random", "statistics.0"}
+    assert not any(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items())
+
+
+def settings(**runtime: float) -> dict[str, Any]:
     """A chain without batch norms: their statistics would depend on how a batch is divided."""
     params = parameters()
     params["model"] = {"name": "lenet5", "variant": "classic"}
     params["data"] |= {"image_size": 28, "validation": 0.15}
     params["train"]["fit"] |= {"epochs": 4, "lr": 0.02}
-    params["revive"]["restart"]["fit"] = params["train"]["fit"] | {"epochs": 1}
+    params["revive"]["restart"]["fit"] = params["train"]["fit"] | {"epochs": 1, "lr": 0.005}
     params["variants"]["revive"] = ["restart"]
     params["profile"]["control"] = "restart-none"
     params["runtime"] |= runtime
     return params
 
 
-def workspace(folder: Path, params: dict[str, Any]) -> Path:
-    """A project whose data is prepared."""
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose data is prepared, with what one process makes of the stages train and revive."""
+    folder = tmp_path_factory.mktemp("alone")
     (folder / "data/start").mkdir(parents=True)
-    write_parameters(folder, params)
+    write_parameters(folder, settings())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for stage in ("check", "prepare", "coverage"):
-            assert call(stage) == 0
+        for words in ("check",), ("prepare",), ("coverage",), ("train", "0"), ("revive", "restart", "0"):
+            assert call(*words) == 0
     return folder
 
 
-def stage(folder: Path, *words: str, **more: str) -> subprocess.Popen[bytes]:
-    """One stage in the background; what it says is in `folder`/log."""
+def workspace(folder: Path, prepared: Path, **runtime: float) -> Path:
+    """The same project before its trainings, with these parameters of `runtime`."""
+    (folder / "data/start").mkdir(parents=True)
+    for stage in ("check", "prepare", "coverage"):
+        shutil.copytree(prepared / "outputs" / stage, folder / "outputs" / stage)
+    write_parameters(folder, settings(**runtime))
+    return folder
+
+
+def background(folder: Path, *words: str, **more: str) -> subprocess.Popen[bytes]:
+    """One stage in a process of its own; what it says is in `folder`/log."""
     command = [sys.executable, "-m", f"stages.{words[0]}", *words[1:]]
     with (folder / "log").open("w") as log:
         return subprocess.Popen(command, cwd=folder, env=environment(**more), stdout=log, stderr=log)
 
 
-def weights(folder: Path, name: str = "train/0") -> Tensors:
-    return safetensors.torch.load_file(folder / "outputs" / name / "model" / "model.safetensors")
-
-
-def same(first: Tensors, second: Tensors) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=EQUAL, atol=EQUAL, msg=name)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What one process makes of the stages train and revive."""
-    folder = workspace(tmp_path_factory.mktemp("alone"), settings())
-    assert stage(folder, "train", "0").wait(300) == 0 and stage(folder, "revive", "restart", "0").wait(300) == 0
-    yield folder
-
-
-def test_the_stages_train_together_as_the_parameters_say(alone: Path, tmp_path: Path) -> None:
-    folder = workspace(tmp_path, settings(processes=2))
-    assert stage(folder, "train", "0").wait(300) == 0, (folder / "log").read_text()
-    assert (folder / "log").read_text().count("epoch 4/4") == 1  # one of them tells
-    assert stage(folder, "revive", "restart", "0").wait(300) == 0, (folder / "log").read_text()
-    for name in ("train/0", "revive/restart-0"):
-        same(weights(alone, name), weights(folder, name))
-        one, two = (files.read_json(at / "outputs" / name / "record.json") for at in (alone, folder))
-        assert two["metrics"]["test_accuracy"] == pytest.approx(one["metrics"]["test_accuracy"], abs=0.003)
-        for row, other in zip(one["history"], two["history"], strict=True):
-            assert other["train_loss"] == pytest.approx(row["train_loss"], abs=1e-4)
-            assert other["train_accuracy"] == pytest.approx(row["train_accuracy"], abs=0.003)
+def stage(folder: Path, *words: str, **more: str) -> int:
+    """One stage, of which this process starts the others; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in environment(**more).items():
+            patch.setenv(name, value)
+        return call(*words)
 
 
 def children(pid: int) -> list[int]:
     return [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
 
 
-def test_a_death_is_named_and_the_work_goes_on_after_the_last_whole_epoch(alone: Path, tmp_path: Path) -> None:
-    folder = workspace(tmp_path, settings(processes=2))
-    process = stage(folder, "train", "0")
+def test_the_stages_train_together_and_after_a_death_go_on(alone: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = workspace(tmp_path, alone, processes=2, save_s=0.001)
+    process = background(folder, "train", "0")
     while "epoch 2/4" not in (folder / "log").read_text():
         assert process.poll() is None, (folder / "log").read_text()
         time.sleep(0.02)
@@ -136,34 +134,62 @@ def test_a_death_is_named_and_the_work_goes_on_after_the_last_whole_epoch(alone:
     os.kill(max(trained), signal.SIGKILL)
     assert process.wait(60) == 2
     said = (folder / "log").read_text().splitlines()[-1]
-    assert said.startswith("stages.train 0: process 1 of 2 died (signal 9)") and "goes on after the last whole epoch" in said
+    assert said.startswith("stages.train 0: process 1 of 2 died (signal 9)") and "goes on where it was saved last" in said
     assert not (folder / "outputs/train/0").exists()
-    assert stage(folder, "train", "0").wait(300) == 0
-    said = (folder / "log").read_text()
+
+    capfd.readouterr()
+    assert stage(folder, "train", "0") == 0
+    said = capfd.readouterr().out
     assert "goes on after epoch" in said and "epoch 1/4" not in said
-    same(weights(alone), weights(folder))
+    assert said.count("epoch 4/4") == 1  # one of them tells
+    equal(alone, folder, "train/0")
+
+
+def equal(alone: Path, together: Path, name: str) -> None:
+    """Weights, and what the records say of them."""
+    one, two = (load_file(at / "outputs" / name / "model/model.safetensors") for at in (alone, together))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=EQUAL, atol=EQUAL, msg=key)
+    first, second = (files.read_json(at / "outputs" / name / "record.json") for at in (alone, together))
+    assert second["metrics"]["test_accuracy"] == pytest.approx(first["metrics"]["test_accuracy"], abs=0.003)
+    for row, other in zip(first["history"], second["history"], strict=True):
+        assert other["train_loss"] == pytest.approx(row["train_loss"], abs=1e-4)
+        assert other["train_accuracy"] == pytest.approx(row["train_accuracy"], abs=0.003)
 
 
 def test_two_hosts_need_no_disk_in_common(alone: Path, tmp_path: Path) -> None:
-    hosts = [workspace(tmp_path / name, settings(hosts=2)) for name in ("first", "second")]
-    address = f"127.0.0.1:{free_port()}"
-    both = [stage(at, "train", "0", WINNOW_HOST=str(i), WINNOW_FIRST_HOST=address) for i, at in enumerate(hosts)]
-    assert [process.wait(300) for process in both] == [0, 0], [(at / "log").read_text() for at in hosts]
-    same(weights(alone), weights(hosts[0]))
-    assert not (hosts[1] / "outputs/train").exists() and not list((hosts[1] / "outputs").glob("resume/*"))
+    hosts = [workspace(tmp_path / name, alone, hosts=2) for name in ("first", "second")]
+    for host in hosts:
+        shutil.copytree(alone / "outputs/train", host / "outputs/train")
+    words, address = ("revive", "restart", "0"), f"127.0.0.1:{free_port()}"
+    second = background(hosts[1], *words, WINNOW_HOST="1", WINNOW_FIRST_HOST=address)
+    assert stage(hosts[0], *words, WINNOW_HOST="0", WINNOW_FIRST_HOST=address) == 0
+    assert second.wait(60) == 0, (hosts[1] / "log").read_text()
+    equal(alone, hosts[0], "revive/restart-0")
+    assert not (hosts[1] / "outputs/revive").exists() and not list((hosts[1] / "outputs").glob("resume/*"))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("runtime", "batch", "said"),
     [
-        ({"processes": 3}, "train.fit.batch_size = 64: must be a multiple of the 3 processes of runtime"),
-        ({"hosts": 2}, "runtime.hosts = 2: on each host set WINNOW_HOST to its number, 0 to 1, and WINNOW_FIRST_HOST to NAME:PORT"),
+        ({"processes": 2}, 63, "train.fit.batch_size = 63: must be a multiple of the 2 processes of runtime"),
+        (
+            {"hosts": 2},
+            64,
+            "runtime.hosts = 2: on each host set WINNOW_HOST to its number, 0 to 1, and WINNOW_FIRST_HOST to NAME:PORT",
+        ),
     ],
+    ids=["batch", "hosts"],
 )
-def test_what_cannot_be_shared_is_refused_once(change: dict[str, int], said: str, tmp_path: Path) -> None:
-    folder = workspace(tmp_path, settings(**change))
-    assert stage(folder, "train", "0").wait(60) == 2
-    lines = [line for line in (folder / "log").read_text().splitlines() if line.startswith("stages.")]
+def test_what_cannot_be_shared_is_refused_once(
+    runtime: dict[str, int], batch: int, said: str, alone: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, params = workspace(tmp_path, alone), settings(**runtime)
+    params["train"]["fit"]["batch_size"] = batch
+    write_parameters(folder, params)
+    assert stage(folder, "train", "0") == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("stages.")]
     assert len(lines) == 1 and said in lines[0], lines
     assert not (folder / "outputs/train").exists()
 

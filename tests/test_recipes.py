@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from closure import ROOT
 from small_chain import call, write_parameters
 from small_table import out, record, run, weights, workspace, write
 
@@ -17,6 +16,7 @@ import recipes.run as runner
 from pipeline import files, models
 from pipeline.overparameterize import overparameterize
 from pipeline.resume import Resume
+from pipeline.sources import ROOT
 from recipes import tables
 
 __all__ = ["workspace"]  # a fixture
@@ -196,7 +196,7 @@ def test_an_interrupted_row_goes_on_where_it_was(workspace: Path, capsys: pytest
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(1, patch)
         assert run("small", "quick/transfer", "--seeds", "0") == 130
-    assert "goes on after the last whole epoch" in capsys.readouterr().err
+    assert "goes on where it was saved last" in capsys.readouterr().err
     assert run("small", "quick/transfer", "--seeds", "0", "--epochs", "1") == 0, "another length does not touch it"
     with pytest.MonkeyPatch.context() as patch:
         epochs = interrupt_after(-1, patch)

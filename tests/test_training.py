@@ -138,7 +138,7 @@ CASES: dict[str, tuple[Callable[[], list[Hook]], dict[str, Any], bool]] = {
 
 def outcome(run: Run) -> dict[str, Any]:
     """All that a training leaves behind, but for its speed."""
-    history = [{key: value for key, value in row.items() if key != "images_per_s"} for row in run.history]
+    history = [{key: value for key, value in row.items() if key not in ("images_per_s", "loader_share")} for row in run.history]
     kept = {"history": history, "events": run.events, "notes": run.notes, "rounds": run.rounds, "best": run.best_accuracy}
     return kept | {"state": {name: tensor.numpy().tobytes() for name, tensor in run.model.state_dict().items()}}
 

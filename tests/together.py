@@ -1,11 +1,14 @@
-"""Trainings with every method, in one process or as one of several: `RANK=0 WORLD_SIZE=2 ... python tests/together.py DATA OUT`.
+"""Trainings with every method, alone and as one of two processes: `RANK=0 WORLD_SIZE=2 ... python tests/together.py DATA OUT`.
 
-Writes the tensors that each training ends with to OUT/METHOD-RANK.safetensors. Batch norms keep the statistics they have: then a
-step does not depend on how a batch is divided.
+Writes the tensors that each training ends with to OUT/METHOD-alone.safetensors and OUT/METHOD-RANK.safetensors. Batch norms keep
+the statistics they have: then a step does not depend on how a batch is divided. Only `killed` lets them learn.
 """
 
+import math
 import os
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -14,10 +17,13 @@ import torch.distributed as dist
 from conftest import FIT
 from networks import randomise
 from test_laws import COMPRESS, REVIVE, hook
+from test_resume_batch import AT_ONCE, Killer
+from test_resume_batch import network as with_dropout
+from test_training import Killed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline import distributed, models
+from pipeline import models
 from pipeline.averaging import Averaging
 from pipeline.config import Distill, Fit
 from pipeline.data.batches import Batches, Prepared, load
@@ -25,10 +31,12 @@ from pipeline.distillation import Distillation
 from pipeline.evaluation import pick_device
 from pipeline.hooks import Hook, Run
 from pipeline.overparameterize import kflo, overparameterize
+from pipeline.resume import Resume
 from pipeline.training import train
 
 ELSEWHERE = ("lgc", "torch_pruning")  # these refuse the over-parameterised network
-BATCH = 192
+BATCH = 96
+KILLS = (4, 1, 2, 3)  # steps of each attempt; of two epochs of 6
 
 
 def methods() -> list[tuple[str, str]]:
@@ -45,6 +53,12 @@ def fixed(model: nn.Module) -> nn.Module:
     return model
 
 
+def run_of(data: Prepared, model: nn.Module, batch: int) -> Run:
+    fit = Fit.model_validate(FIT | {"epochs": 2, "batch_size": batch, "lr": 0.02})
+    batches = [Batches(data, split, batch, "cpu", None, split == "train", 0) for split in ("train", "validation")]
+    return Run(model, fit, *batches, seed=0, device=torch.device("cpu"))
+
+
 def trained(data: Prepared, family: str, name: str) -> nn.Module:
     """A small residual network, expanded, after two epochs with the method, a moving average and (to compress) a teacher."""
 
@@ -55,20 +69,42 @@ def trained(data: Prepared, family: str, name: str) -> nn.Module:
 
     hooks: list[Hook] = [kflo.Hook(), Averaging(0.9)]
     hooks += [Distillation(Distill(loss="kl", weight=0.5, temperature=2.0))] if family == "compress" else []
-    fit = Fit.model_validate(FIT | {"epochs": 2, "batch_size": BATCH, "lr": 0.02})
-    batches = [Batches(data, split, BATCH, "cpu", None, split == "train", 0) for split in ("train", "validation")]
-    run = Run(draw(0), fit, *batches, seed=0, device=torch.device("cpu"), fresh=draw if name == "grafting" else None)
+    run = run_of(data, draw(0), BATCH)
+    run.fresh = draw if name == "grafting" else None
     return train(run, [*hooks, hook(family, name)])
 
 
+def killed(data: Prepared, out: Path, rank: int) -> None:
+    """The same training undisturbed and with deaths of both processes within its epochs; the first state that was kept."""
+    resume = Resume(out, "train-0", "0" * 16, AT_ONCE)
+
+    def attempt(steps: float, resume: Resume | None) -> nn.Module:
+        return train(run_of(data, with_dropout(expand=True), 32), [kflo.Hook(), Killer([], steps)], resume)
+
+    write(attempt(math.inf, None), out / f"undisturbed-{rank}")
+    for steps in KILLS:
+        with suppress(Killed):
+            attempt(steps, resume)
+        dist.barrier()
+        shutil.copy(resume.path, out / f"kept-{rank}.safetensors")
+    write(attempt(math.inf, resume), out / f"resumed-{rank}")
+
+
+def write(model: nn.Module, path: Path) -> None:
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, path.with_name(f"{path.name}.safetensors"))
+
+
 def main(data: Path, out: Path) -> None:
-    """All of them, one after another."""
+    """All of them, one after another; those alone are shared out."""
     pick_device("cpu", 1)
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+    rank, prepared = int(os.environ["RANK"]), load(data)
+    for family, name in methods()[rank :: int(os.environ["WORLD_SIZE"])]:
+        write(trained(prepared, family, name), out / f"{family}-{name}-alone")
+    dist.init_process_group("gloo")
     for family, name in methods():
-        state = {key: tensor.contiguous() for key, tensor in trained(load(data), family, name).state_dict().items()}
-        safetensors.torch.save_file(state, out / f"{family}-{name}-{distributed.rank()}.safetensors")
+        write(trained(prepared, family, name), out / f"{family}-{name}-{rank}")
+    killed(prepared, out, rank)
 
 
 if __name__ == "__main__":
