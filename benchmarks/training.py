@@ -1,150 +1,182 @@
-"""Training speed: the bare step, our loop, and the loop a user would write, same network, batch and device, in one run.
+"""Training speed and peak memory: the bare step, our loop, the loop a user would write; same network, batch and device, one run.
 
-    python -m benchmarks.training [--network resnet] [--batch 128] [--steps 40] [--rounds 3] [--threads 2]
+    python -m benchmarks.training [--network cifar_quick resnet resnet_imagenet record] [--launch graph compile] [--json FILE]
 
-    bare      forward, backward, optimiser step on one batch that lies on the device
-    ours      pipeline.training: uint8 data on the device, crop, flip, normalise, hooks, checks
-    ordinary  torchvision transforms on PIL images in a DataLoader, fp32, channels first
+    bare          forward, backward, optimiser step on one batch that lies on the device, in ours' precision and memory order
+    ours          pipeline.training: uint8 data on the device, crop, flip, normalise, hooks, checks
+    ordinary      torchvision transforms on PIL images in a DataLoader, fp32, channels first
+    bare graph, ours graph, bare compile, ours compile      launched as runtime.launch says; on CUDA always
+    record        batches of the record holder on CIFAR-10 and ours, alone, and on CUDA in steps of its network (training_record.py)
 
-Prints images a second (median over rounds, which are interleaved) and ratios. Images are random bytes of CIFAR-10's shape: speed
-does not depend on their content.
+Each way is a process of its own (training_ways.py) that waits while another one trains: they take turns, a round each, in an order
+that turns round. Prints medians of images a second over the rounds and, from pairs of the same round, medians and middle halves of
+ratios. Peak memory, of the warm-up round: of CUDA's allocator, or by how much the process grew (without DataLoader's workers).
+Images are random bytes of CIFAR-10's shape: speed does not depend on their content. Linux only.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
-from pipeline import models
-from pipeline.config import Augment, Data, Fit
-from pipeline.data.batches import Batches, load
+from benchmarks import training_record as record
+from benchmarks.training_ways import NETWORKS, Setting, bare, ordinary, ours, serve
+from pipeline.config import Data
 from pipeline.data.prepare import prepare
-from pipeline.evaluation import pick_device
-from pipeline.hooks import Hook, Run
-from pipeline.precision import autocast
-from pipeline.training import train
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "cifar_quick": {},
-    "resnet": {"depth": 32},
-    "resnet_imagenet": {"depth": 18, "stem": "cifar"},
+RECORD = "record"
+BATCH = {RECORD: 1024}  # as its authors train it; else 128
+STEPS = {"cifar_quick": 40, "resnet": 20, "resnet_imagenet": 4, RECORD: 10}  # of a round on a CPU
+CUDA_STEPS = {"cifar_quick": 390, "resnet": 390, "resnet_imagenet": 100, RECORD: 48}
+WAYS = {"bare": bare, "ours": ours, "ordinary": ordinary}
+WAYS |= {f"{name} {launch}": partial(way, launch=launch) for launch in ("graph", "compile") for name, way in list(WAYS.items())[:2]}
+RECORD_WAYS = {
+    "its loader": partial(record.loader, epochs=record.theirs),
+    "our loader": partial(record.loader, epochs=record.ours),
+    "its step, its loader": partial(record.step, epochs=record.theirs),
+    "its step, our loader": partial(record.step, epochs=record.ours),
 }
-FIT = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "schedule": "cosine"}
-AUGMENT = Augment(pad=4, pad_mode="zero", flip=True, scale=None)
+COMPARED = [("ours", "bare"), ("ours", "ordinary")]
+COMPARED += [
+    ("ours graph", "bare graph"),
+    ("ours compile", "bare compile"),
+    ("ours graph", "ordinary"),
+    ("ours compile", "ordinary"),
+]
+COMPARED += [("our loader", "its loader"), ("its step, our loader", "its step, its loader")]
 
 
-class Images(Dataset[tuple[torch.Tensor, int]]):
-    """What a user would write: PIL images through torchvision's transforms, one by one."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        from torchvision import transforms
-
-        self.images, self.labels = images, labels
-        normalise = transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-        steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
-        self.transform = transforms.Compose(steps)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+def chosen(network: str, launches: list[str]) -> list[str]:
+    """The ways that can be measured here."""
+    if network == RECORD:
+        return [name for name in RECORD_WAYS if torch.cuda.is_available() or "step" not in name]
+    return [name for name in WAYS if name.split()[-1] in ("bare", "ours", "ordinary", *launches)]
 
 
-def bare(model: nn.Module, batch: int, steps: int, device: torch.device) -> float:
-    """Seconds of `steps` steps on one batch that is there already."""
-    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch,), device=device)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
-    started = time.perf_counter()
-    for _ in range(steps):
-        with autocast(device, "auto"):
-            logits = model(images)
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-    _wait(device)
-    return time.perf_counter() - started
+class Worker:
+    """A process that trains in one way."""
+
+    def __init__(self, way: str, network: str, folder: Path, asked: argparse.Namespace) -> None:
+        command = [sys.executable, "-m", "benchmarks.training", "--way", way, "--folder", str(folder), "--network", network]
+        for name in ("batch", "workers", "threads"):
+            command += [f"--{name}", str(getattr(asked, name))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.peak_mb = self._answer()["peak_mb"]  # after the warm-up
+
+    def round(self) -> float:
+        """Seconds."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def _answer(self) -> dict[str, float]:
+        assert self.process.stdout
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"{' '.join(self.process.args)} failed")  # type: ignore[arg-type]
+        return json.loads(line)
+
+    def end(self) -> None:
+        """It ends with its input."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def ours(model: nn.Module, folder: Path, batch: int, device: torch.device) -> float:
-    """Seconds of one epoch of our loop; its validation is left out, as in the others."""
-    prepared = load(folder)
-    fit = Fit(epochs=1, batch_size=batch, label_smoothing=0.0, select="last", precision="auto", **FIT)
-    batches = Batches(prepared, "train", batch, device, AUGMENT, shuffle=True, seed=0)
-    run = Run(model, fit, batches, Batches(prepared, "validation", 256, device, None, shuffle=False, seed=0), 0, device)
-    train(run, [Hook()])
-    return batches.images / run.history[0]["images_per_s"]
-
-
-def ordinary(model: nn.Module, folder: Path, batch: int, device: torch.device, workers: int) -> float:
-    """Seconds of one epoch of an ordinary loop."""
-    images, labels = (np.load(folder / f"train_{kind}.npy", allow_pickle=False) for kind in ("images", "labels"))
-    loader = DataLoader(
-        Images(images, labels), batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device.type == "cuda"
-    )
-    model = model.to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    started = time.perf_counter()
-    for inputs, targets in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(inputs.to(device)), targets.to(device)).backward()
-        optimizer.step()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="resnet", choices=NETWORKS)
-    for name, default in (("batch", 128), ("steps", 40), ("rounds", 3), ("threads", 2), ("workers", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    asked = parser.parse_args()
-    device = pick_device("auto", asked.threads)
-    build = lambda: models.build(asked.network, input_shape=(3, 32, 32), classes=10, **NETWORKS[asked.network])  # noqa: E731
+def train_in_turns(network: str, names: list[str], steps: int, asked: argparse.Namespace) -> tuple[list[dict[str, float]], dict]:
+    """Seconds of the ways `names` in each round, and their peak memory in 10^6 bytes."""
+    workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory() as tmp:
-        folder = _random_data(Path(tmp), asked.batch * asked.steps)
-        bare(build(), asked.batch, 3, device)  # warm-up
-        seconds: dict[str, list[float]] = {"bare": [], "ours": [], "ordinary": []}
-        for _ in range(asked.rounds):
-            seconds["bare"].append(bare(build(), asked.batch, asked.steps, device))
-            seconds["ours"].append(ours(build(), folder, asked.batch, device))
-            seconds["ordinary"].append(ordinary(build(), folder, asked.batch, device, asked.workers))
-    speed = {name: asked.batch * asked.steps / statistics.median(times) for name, times in seconds.items()}
-    print(f"{asked.network}, batch {asked.batch}, {device}, {asked.threads} threads, {asked.rounds} rounds of {asked.steps} steps")
-    for name, images_per_s in speed.items():
-        print(f"{name:>9}: {images_per_s:9,.0f} images/s   ours / {name} = {speed['ours'] / images_per_s:.2f}")
+        folder = random_data(Path(tmp), asked.batch * steps, asked.batch)
+        try:
+            for name in names:
+                workers[name] = Worker(name, network, folder, asked)
+            orders = [names if number % 2 else names[::-1] for number in range(asked.rounds)]
+            rounds = [{name: workers[name].round() for name in order} for order in orders]
+        finally:
+            for worker in workers.values():
+                worker.end()
+    return rounds, {name: worker.peak_mb for name, worker in workers.items()}
 
 
-def _random_data(tmp: Path, images: int) -> Path:
+def measure(network: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """Print the table of one network, and return it."""
+    cuda = torch.cuda.is_available()
+    steps, names = asked.steps or (CUDA_STEPS if cuda else STEPS)[network], chosen(network, asked.launch)
+    rounds, peaks = train_in_turns(network, names, steps, asked)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    print(f"\n{network}, batch {asked.batch}, {device}, {asked.threads} threads, {asked.rounds} rounds of {steps} steps")
+    result: dict[str, Any] = {"network": network, "device": device, "steps": steps, "rounds": asked.rounds, "ways": {}}
+    result |= {name: getattr(asked, name) for name in ("batch", "threads", "workers")}
+    for name in names:
+        speed = asked.batch * steps / statistics.median(times[name] for times in rounds)
+        result["ways"][name] = {"images_per_s": round(speed, 1), "peak_mb": round(peaks[name], 1)}
+        print(f"{name:>21}: {speed:11,.0f} images/s   peak {peaks[name]:7,.0f} MB")
+    result["ratios"] = {f"{a} / {b}": _ratio(rounds, a, b) for a, b in COMPARED if a in names and b in names}
+    for pair, (low, middle, high) in result["ratios"].items():
+        print(f"{pair:>43}: {middle:5.2f} ({low:.2f}-{high:.2f})")
+    return result
+
+
+def _ratio(rounds: list[dict[str, float]], ours: str, other: str) -> list[float]:
+    """Lower quartile, median, upper quartile of speeds, `ours` over `other`."""
+    ratios = sorted(times[other] / times[ours] for times in rounds)
+    return [round(value, 3) for value in (ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4])]
+
+
+def random_data(tmp: Path, images: int, held: int) -> Path:
+    """A prepared folder of `images` training images and `held` each for validation and test."""
     draw = np.random.default_rng(0)
-    held = 640  # test images; as many again are added for the validation split
     counts = {"train": images + held, "test": held}
     arrays = {f"{name}_images": draw.integers(256, size=(n, 32, 32, 3), dtype=np.uint8) for name, n in counts.items()}
     arrays |= {f"{name}_labels": (np.arange(n) % 10).astype(np.uint8) for name, n in counts.items()}
     np.savez(tmp / "random.npz", **arrays)
     options = {"name": "cifar10", "root": str(tmp / "random.npz"), "download": False, "image_size": None, "storage": "memory"}
-    share = held / (images + held)
-    prepare(
-        Data(**options, validation=share, test=0.1, per_class=None, crop=None, split_seed=0, mean="auto", std="auto"), tmp / "data"
-    )
+    options |= {"per_class": None, "crop": None, "split_seed": 0, "mean": "auto", "std": "auto", "test": 0.1}
+    prepare(Data(validation=held / (images + held), **options), tmp / "data")
     return tmp / "data"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--network", nargs="+", default=[*NETWORKS, RECORD], choices=[*NETWORKS, RECORD])
+    parser.add_argument("--launch", nargs="*", default=["graph", "compile"] if cuda else [], choices=["graph", "compile"])
+    parser.add_argument("--steps", type=int, help="of a round; by default more for small networks")
+    parser.add_argument("--batch", type=int, help=f"by default 128, {BATCH[RECORD]} beside the record holder")
+    for name, default in (("rounds", 5), ("threads", 2), ("workers", 2 if cuda else 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path, help="a file that a line for each network is added to")
+    for name in ("way", "folder"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)  # a worker
+    asked = parser.parse_args()
+    if "graph" in asked.launch and not cuda:
+        parser.error("--launch graph needs CUDA")
+    if asked.way:
+        setting = Setting(asked.network[0], Path(asked.folder), asked.batch, asked.workers, asked.threads)
+        serve((WAYS | RECORD_WAYS)[asked.way], setting)
+        return
+    for network in asked.network:
+        if network == RECORD and not record.installed():
+            print(f"\n{record.MISSING}")
+            continue
+        if network == RECORD and not cuda:
+            print("\nNo CUDA here: of the record holder its loader alone, on the CPU")
+        batch = asked.batch or BATCH.get(network, 128)
+        line = json.dumps(measure(network, argparse.Namespace(**vars(asked) | {"batch": batch})))
+        print(line)
+        if asked.json:
+            with asked.json.open("a") as file:
+                file.write(line + "\n")
 
 
 if __name__ == "__main__":
