@@ -4,13 +4,25 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore::FutureWarning
+JOBS ?= 1# stages at once: docs/machines.md
+REPRO := $(if $(filter-out 1,$(JOBS)),python -m stages.build $(JOBS),dvc repro)
+# DVC removes a stage's outputs before it runs; where it then fails, the earlier ones come back from the cache.
+BACK := { status=$$?; dvc checkout --quiet 2>/dev/null; exit $$status; }
 
-.PHONY: all test long gpu ui serve ask track repository table lock clean
+.PHONY: all share assemble test long faults gpu ui serve ask track repository table lock clean
 
 all: .venv/installed
 	python -m stages.check
-	@# DVC removes a stage's outputs before it runs; where it then fails, the earlier ones come back from the cache.
-	dvc repro || { status=$$?; dvc checkout --quiet 2>/dev/null; exit $$status; }
+	$(REPRO) || $(BACK)
+
+share: .venv/installed
+	python -m stages.check
+	$(REPRO) --pull --allow-missing $(TARGETS) || $(BACK)
+	dvc push --run-cache
+
+assemble: .venv/installed
+	python -m stages.check
+	dvc repro --pull || $(BACK)
 
 .venv/installed: requirements.lock
 	$(PYTHON) -m venv .venv
@@ -31,9 +43,13 @@ long: .venv/installed
 	python -m tests.exported
 	python -m tests.kill
 
+faults: .venv/installed
+	python -m tests.faults --faults 200 --seed 0
+
 gpu: .venv/installed
 	pytest -m gpu
-	for network in cifar_quick resnet resnet_imagenet; do python -m benchmarks.training --network $$network || exit 1; done
+	python -m benchmarks.training # its record needs `uv pip install --no-deps airbench`
+	python -m benchmarks.seeds --launch eager graph
 	python -m benchmarks.overparameterize
 	python -m benchmarks.revive
 	python -m recipes.run compress_cifar10 --seeds 0

@@ -102,7 +102,7 @@ def save(folder: Path, model: nn.Module, card: dict[str, Any]) -> None:
     weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     described = {**card, "channels": structure(model), "versions": records.versions(), "commit": records.commit()}
     described |= {"weights_sha256": hashlib.sha256(weights).hexdigest()}
-    files.write_together({folder / "model.safetensors": weights, folder / "model.json": files.as_json(described)})
+    files.write_together({folder / "model.safetensors": weights, folder / "model.json": files.as_json(described, summed=True)})
 
 
 def load(folder: Path, data: Prepared | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -185,7 +185,7 @@ def _read_weights(path: Path, expected_sha256: str) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise _damaged(path, str(error)) from None
     if files.sha256(path) != expected_sha256:
-        raise InputError(f"{path} is not the file that model.json describes: delete their folder and run `dvc repro`")
+        raise InputError(f"{path} is not the file that model.json describes: delete their folder and run `dvc repro`; {files.BACK}")
     return state
 
 
@@ -201,4 +201,4 @@ def _check_keys(path: Path, wanted: dict[str, torch.Tensor], found: dict[str, to
 
 
 def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is damaged ({' '.join(why.split())}): delete its folder and run `dvc repro`")
+    return InputError(f"{path} is damaged ({' '.join(why.split())}): delete its folder and run `dvc repro`; {files.BACK}")

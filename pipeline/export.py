@@ -67,7 +67,16 @@ def export(model: "torch.nn.Module", card: dict[str, Any], path: Path, opset: in
     if found != {"": opset}:
         raise ExportError(f"{path}: asked for ONNX opset {opset}, the exporter gave {found}: choose an opset it supports")
     onnx.checker.check_model(proto, full_check=True)
-    files.write_bytes(path, proto.SerializeToString(deterministic=True))
+    write(path, proto)
+
+
+def write(path: Path, proto: Any) -> None:
+    """Write an ONNX model with a sum of the whole file in its metadata, which `read_metadata` compares."""
+    import onnx
+
+    entries = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, entries | {files.SUM: files.BLANK.decode()})
+    files.write_bytes(path, files.sealed(proto.SerializeToString(deterministic=True)))
 
 
 def verify(
@@ -155,12 +164,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     try:
-        proto = onnx.load_model(path, load_external_data=False)
+        content = path.read_bytes()
+        proto = onnx.load_model_from_string(content)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run the stage that writes it first (`dvc repro`)") from None
     except DecodeError as error:
         raise InputError(f"{path} is no ONNX file ({error}): delete it and export again") from None
     found: dict[str, Any] = {entry.key: entry.value for entry in proto.metadata_props}
+    if files.SUM in found and not files.intact(content, found.pop(files.SUM)):  # older files have none
+        raise InputError(f"{path} is damaged (it is not what was exported, says its sum): {files.AGAIN}")
     if found.get("format") != str(FORMAT) or not found.keys() >= {*STRUCTURED, "producer"}:
         has = ", ".join(sorted(found)) or "none"
         raise InputError(f"{path} was not exported by Winnow (format {FORMAT}): its metadata keys are: {has}")

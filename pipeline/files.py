@@ -1,9 +1,13 @@
-"""Files that appear whole or not at all: written beside their place, synced to the disk, then renamed into it."""
+"""Files and folders that appear whole or not at all: written beside their place, synced to the disk, then renamed into it."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,34 @@ def write_together(contents: dict[Path, bytes]) -> None:
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced(place: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of `place` when nothing failed; otherwise an earlier one stays as it is.
+
+    Killed between the two renames, no `place` is left: never a mixture. Of two processes at once each has its own; the last stays.
+    """
+    partial, old = (place.with_name(f".{place.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    _make_folder(place.parent)
+    _sweep(place)
+    try:
+        partial.mkdir()
+        yield partial
+        while partial.exists():
+            with contextlib.suppress(FileNotFoundError):  # there is none, or another process was quicker
+                place.rename(old)
+            try:
+                partial.rename(place)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    if old.exists():
+                        old.rename(place)
+                    raise
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any, *, summed: bool = False) -> None:
@@ -106,10 +138,13 @@ def _make_folder(folder: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove what killed processes have left of their writes to `path`."""
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
+    for left in (left for kind in ("partial", "old") for left in path.parent.glob(f".{path.name}.*{kind}")):
         try:
-            os.kill(int(partial.name.split(".")[-2]), 0)
+            os.kill(int(left.name.split(".")[-2]), 0)
         except (ProcessLookupError, ValueError):
-            partial.unlink(missing_ok=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         except PermissionError:
             pass  # of another user's living process

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import files
 from pipeline.config import Crop
-from pipeline.export import INPUT, ExportError, read_metadata
+from pipeline.export import INPUT, ExportError, read_metadata, write
 from pipeline.inference import open_session
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def pictures_form(source: Path, target: Path, stored: Size | None) -> None:
     entries = {entry.key: entry.value for entry in proto.metadata_props}
     onnx.helper.set_model_props(proto, entries | {"form": PICTURES})
     onnx.checker.check_model(proto, full_check=True)
-    files.write_bytes(target, proto.SerializeToString(deterministic=True))
+    write(target, proto)
 
 
 def prove_form(

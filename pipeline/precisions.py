@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import files
 from pipeline.errors import InputError
-from pipeline.export import ExportError, Proof, answer, read_metadata, strip
+from pipeline.export import ExportError, Proof, answer, read_metadata, strip, write
 from pipeline.inference import open_session
 from pipeline.quantization import Calibration, Quantizer
 from pipeline.scores import NAMES
@@ -233,7 +232,7 @@ def _finish(proto: Any, source: Path, target: Path, precision: str) -> None:
         if found.domain and not any(node.domain == found.domain for node in proto.graph.node):
             proto.opset_import.remove(found)
     onnx.checker.check_model(proto, full_check=True)
-    files.write_bytes(target, proto.SerializeToString(deterministic=True))
+    write(target, proto)
 
 
 def _sort(graph: Any) -> None:

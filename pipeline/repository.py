@@ -208,7 +208,7 @@ def _add(place: Path, model: Model, graph: Graph, before: dict[int, dict[str, An
     alike = _alike(place, graph, [number for number in before if number != version], options.versions)
     described = _described(place.name, model, graph, alike, options)
     if added:
-        made = {"model.onnx": content, CARD: card, "version.json": files.as_json(told)}
+        made = {"model.onnx": content, CARD: card, "version.json": files.as_json(told, summed=True)}
         _put(place, version, made, described if not place.exists() else {})
     present = described | {f"{version}/{CARD}": card}  # a card also tells of what became of its model: whether it is the champion
     changed = {place / name: text for name, text in present.items() if _content(place / name) != text}

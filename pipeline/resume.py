@@ -76,6 +76,8 @@ class Resume:
         if distributed.rank():
             return
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if not all(tensor.isfinite().all() for name, tensor in stored.items() if name.startswith("model.")):
+            return  # the next loss will not be finite either: a state from which to try again is the one before
         metadata = {"run": json.dumps(rest), "sha256": files.BLANK.decode()}
         files.write_bytes(self.path, files.sealed(safetensors.torch.save(stored, metadata=metadata)))
         self._saved = time.monotonic()

@@ -1,8 +1,5 @@
 """All files of one variant that are shipped: in each precision the form for tensors and the form for pictures, proven."""
 
-import contextlib
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -120,20 +117,3 @@ class Shipment:
 
     def _batches(self, split: SplitName, size: int = BATCH_SIZE, shuffle: bool = False) -> Batches:
         return Batches(self.prepared, split, size, "cpu", None, shuffle, 0, workers=self.workers)
-
-
-@contextlib.contextmanager
-def replaced(place: Path) -> Iterator[Path]:
-    """A new folder, which takes the place of `place` when nothing failed; otherwise an earlier one stays as it is."""
-    partial = place.with_name(f".{place.name}.partial")
-    old = place.with_name(f".{place.name}.old")
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        yield partial
-        if place.exists():
-            place.rename(old)
-        partial.rename(place)
-    finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)

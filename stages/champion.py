@@ -11,7 +11,7 @@ from stages import OUTPUTS, folder, run
 def main() -> None:
     """Choose of the present grid; that no variant is within the limits is an answer too."""
     decision = choose(present(OUTPUTS), section("champion", Champion))
-    files.write_json(folder("champion") / "champion.json", decision)
+    files.write_json(folder("champion") / "champion.json", decision, summed=True)
     print(f"champion: {decision['champion'] or 'none'}: {decision['reason']}")
 
 

@@ -6,9 +6,10 @@ from pipeline.checkpoint import load
 from pipeline.config import Runtime, section
 from pipeline.data.batches import load as load_data
 from pipeline.deployment import Export
+from pipeline.files import replaced
 from pipeline.records import Record
 from pipeline.scores import NAMES
-from pipeline.shipping import PICTURES, TENSORS, Shipment, replaced
+from pipeline.shipping import PICTURES, TENSORS, Shipment
 from stages import PREPARED, folder, run
 
 
@@ -20,7 +21,7 @@ def main(revive: str, compress: str, seed: str) -> None:
     model, card = load(folder("collapse", revive, compress, seed) / "model", prepared)
     place = folder("export", revive, compress, seed)
     shipment = Shipment(place.name, model, card, prepared, options, runtime.threads, runtime.workers)
-    names, records = NAMES[card["task"]], []
+    names = NAMES[card["task"]]
     with replaced(place) as partial:
         for precision in options.precisions:
             record = Record(
@@ -36,11 +37,9 @@ def main(revive: str, compress: str, seed: str) -> None:
             shipped = shipment.write(precision, partial)
             record.metrics, record.events, record.notes = shipped.metrics, shipped.events, shipped.notes
             record.artifacts = [TENSORS, PICTURES]
-            records.append(record)
+            record.write(partial / precision)
             told = f"{record.metrics['size_mb']:.2f} MB, test {names.title} {record.metrics[f'test_{names.headline}']:.4f}"
             print(f"{place / precision}: {told}")
-    for record in records:
-        record.write(place / record.identity["precision"])
 
 
 if __name__ == "__main__":

@@ -28,12 +28,14 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("model.safetensors", "model.json", "model.onnx", "pictures.onnx")
-UNTIMED = ("prepare", "train", "revive", "compress", "collapse", "export")  # stages whose records hold no timings but images_per_s
+UNTIMED = ("prepare", "train", "revive", "compress", "collapse", "export")  # stages whose records hold no timings but TIMED
+TIMED = ("images_per_s", "loader_share")  # of an epoch
 ALWAYS = "always changed"  # what `dvc status` says of a stage that looks at the machine or at raw data each time
 # What a kill in the middle of a write of DVC's leaves behind, by what DVC says of it -> the file to remove before starting again.
 # (DVC itself passes over locks whose process is gone.)
 LEFTOVERS = {
     r"Unable to read RWLock-file|RWLock-file '.*' format error|it is being blocked by": ".dvc/tmp/rwlock",
+    r"machine/dvc\.lock'? (validation failed|is invalid|is corrupted)": "machine/dvc.lock",
     r"dvc\.lock'? (validation failed|is invalid|is corrupted)": "dvc.lock",
 }
 PATIENCE = 5  # starts of `dvc repro` that may fail for something that a kill left behind
@@ -67,7 +69,7 @@ def copy_project(target: Path, options: argparse.Namespace) -> None:
         check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock":  # a lock file would be of other parameters
+        if (ROOT / name).is_file() and Path(name).name != "dvc.lock":  # a lock file would be of other parameters
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
     if not options.full:
@@ -168,7 +170,8 @@ def kill_and_finish(folder: Path, options: argparse.Namespace, took: float, paus
             print("      finished before the next kill: everything built is removed", flush=True)
             for path in ("outputs", ".dvc/cache", ".dvc/tmp"):
                 shutil.rmtree(folder / path, ignore_errors=True)
-            (folder / "dvc.lock").unlink()
+            for path in ("dvc.lock", "machine/dvc.lock"):
+                (folder / path).unlink(missing_ok=True)
 
 
 def compare(calm: Path, killed: Path, targets: list[str]) -> list[str]:
@@ -195,7 +198,7 @@ def facts(path: Path) -> dict[str, Any]:
     """What a record says of the computation, without times."""
     record = json.loads(path.read_text()) if path.exists() else {}
     kept = {key: record.get(key) for key in ("metrics", "events", "notes", "layers", "data")}
-    return kept | {"history": [{key: row[key] for key in row if key != "images_per_s"} for row in record.get("history", [])]}
+    return kept | {"history": [{key: row[key] for key in row if key not in TIMED} for row in record.get("history", [])]}
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -14,6 +14,8 @@ import pytest
 from raw_data import image_folder
 from small_chain import parameters, write_parameters
 
+from pipeline.files import read_json
+
 Change = Callable[[], Any]
 CUT = "(cut out)"  # in place of a value: take it out
 
@@ -57,7 +59,7 @@ def edit(path: Path, key: str, value: Any) -> Change:
     """Set, or cut out, one value of a JSON file."""
 
     def change() -> None:
-        whole = json.loads(path.read_text())
+        whole = read_json(path)  # without the sum, which would tell
         *way, last = key.split("/")
         place = whole
         for part in way:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.champion import choose, figures
 from pipeline.deployment import Champion
 from pipeline.errors import InputError
+from pipeline.files import read_json
 from pipeline.lineage import chains
 
 ABSENT = {"kind": "absent", "provider": "cuda", "reason": "no device"}
@@ -192,6 +193,6 @@ def test_the_stage_writes_the_decision_and_says_it_in_a_sentence(tmp_path, monke
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     champion.main()
-    written = json.loads(Path("outputs/champion/champion.json").read_text())
+    written = read_json(Path("outputs/champion/champion.json"))
     assert written == choose(records, rule(at_most={"size_mb": 0.1})) and written["champion"] == "finetune-none-0-int8"
     assert capsys.readouterr().out == f"champion: finetune-none-0-int8: {written['reason']}\n"

@@ -134,7 +134,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "model.json"
-    card = json.loads(path.read_text())
+    card = files.read_json(path)
     change(card)
     path.write_text(json.dumps(card))
 

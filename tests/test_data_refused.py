@@ -173,7 +173,7 @@ def test_malformed_input_is_refused_by_name(case: str, tmp_path: Path) -> None:
 
 def _edit(key: str, value: Any) -> Any:
     def change(folder: Path) -> None:
-        card = json.loads((folder / "data.json").read_text())
+        card = files.read_json(folder / "data.json")
         card[key] = value
         (folder / "data.json").write_text(json.dumps(card))
 

@@ -13,6 +13,7 @@ from PIL import Image
 from raw_data import carvana, nyu_v2, options
 from torch import Tensor
 
+from pipeline import files
 from pipeline.config import Augment, Crop
 from pipeline.data import targets
 from pipeline.data.batches import SPLITS, Batches, Prepared, load
@@ -243,7 +244,7 @@ def test_a_damaged_folder_of_targets_is_named(damage: str, tmp_path: Path) -> No
     elif damage == "short":
         path.write_bytes(path.read_bytes()[:-1])
     else:
-        card = json.loads((tmp_path / "out/data.json").read_text())
+        card = files.read_json(tmp_path / "out/data.json")
         np.save(path, np.load(path).astype(np.float32))
         card["files"][path.name] = path.stat().st_size
         (tmp_path / "out/data.json").write_text(json.dumps(card))

@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from pipeline import models
+from pipeline import files, models
 from pipeline.errors import InputError
 from pipeline.export import ExportError, export, export_proven, read_metadata, verify
 from pipeline.inference import AbsentProvider, open_session
@@ -139,7 +139,7 @@ def test_metadata_comes_back_as_it_was_given_also_from_the_session(exported: tup
     assert found["lineage"]["commit"] == "0123abc" and found["lineage"]["data"] == "fingerprint"
     assert found["lineage"]["stages"] == [{"stage": "train", "parameters": {"epochs": 3, "root": "birds"}}]
     assert found["precision"] == "fp32" and found["producer"].startswith("winnow, torch ")
-    assert open_session(path).get_modelmeta().custom_metadata_map.keys() == found.keys()
+    assert open_session(path).get_modelmeta().custom_metadata_map.keys() == {*found, files.SUM}
 
 
 def test_two_exports_are_equal_byte_for_byte_also_from_another_process(one: tuple[nn.Module, Path], tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ from pipeline.data.batches import Prepared
 from pipeline.deployment import Export, Int8
 from pipeline.errors import InputError
 from pipeline.export import ExportError, export, read_metadata
+from pipeline.files import replaced
 from pipeline.involution import Involution
 from pipeline.layers import ChannelSelect
 from pipeline.models import build
 from pipeline.precisions import half, prove, quantize
 from pipeline.quantization import Quantizer
-from pipeline.shipping import Shipment, replaced
+from pipeline.shipping import Shipment
 
 SHAPE = (3, 12, 12)
 OPTIONS: dict[str, Any] = {"calibration": "minmax", "max_loss": 0.1, "keep": [], "least": 0.0, "called": "it"}

@@ -69,7 +69,7 @@ FOUND: dict[tuple[str, ...], list[tuple[str, do.Change, str]]] = {
         ("all images held out", do.put("data.validation", 0.999), "data.validation = 0.999 leaves class 0 no training image"),
         ("params.yaml missing", do.remove(Path("params.yaml")), "params.yaml does not exist: run from the project's root"),
         ("params.yaml a folder", do.folder_for_file(Path("params.yaml")), "params.yaml: Is a directory"),
-        ("file for all outputs", do.file_for_folder(OUT / "prepare"), "outputs/prepare/.data.partial: Not a directory"),
+        ("file for all outputs", do.file_for_folder(OUT / "prepare"), "outputs/prepare is a file where a folder"),
     ],
     COVERAGE: [
         ("nothing prepared", do.remove(DATA), f"{DATA}/data.json does not exist: run the stage that writes it first"),

@@ -169,30 +169,29 @@ def test_no_parameter_is_part_of_a_command_but_quoted() -> None:
     """DVC puts a parameter into a command as it is, and quotes it where a whole mapping such as ${item} stands there. An output
     is named by each part of it, which cannot be done with lists and mappings: so each is one word."""
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
-        stage = stage.get("do", stage)
         if "${" in stage["cmd"]:
             assert stage["cmd"] == f"python -m stages.{name} ${{item}}", name
             assert all(f"${{item.{key}}}" in str(stage["outs"]) for key in stage["matrix"])
 
 
-COPIES = {"revive-restart.py": "revive/restart.py", "compress-none.py": "compress/finetune.py"}
-
-
 def test_a_stage_takes_no_word_that_leads_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    small_chain.write_parameters(tmp_path, small_chain.parameters())
+    params = small_chain.parameters()
+    small_chain.write_parameters(tmp_path, params)
     for name in HOSTILE:
         for words in (("revive", name, "0"), ("compress", "finetune", name, "0"), ("revive", "--revive", name, "--seed", "0")):
             assert small_chain.call(*words) == 2
             assert "is not made of letters, digits" in capfd.readouterr().err
         assert small_chain.call("revive", "finetune", name) == 2
-        assert small_chain.call("method", f"revive-method@{name}") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
-    for words in (["method", "revive-method@restart"], ["method", "../dvc.yaml:compress-method@none"]):  # as DVC_STAGE says it
-        assert small_chain.call(*words) == 0
-    copies = {path.name: path.read_bytes() for path in (tmp_path / "outputs/methods").iterdir()}
-    methods = {name: (ROOT / "pipeline" / place).read_bytes() for name, place in COPIES.items()}
-    assert copies == methods
+    small_chain.call("code")
+    before = sorted(path.name for path in (tmp_path / "outputs/code").iterdir())
+    params["revive"] |= {name: {"method": "finetune"} for name in HOSTILE}
+    params["compress"] |= {f"hostile-{number}": {"method": name} for number, name in enumerate(HOSTILE)}
+    small_chain.write_parameters(tmp_path, params)
+    assert small_chain.call("code") == 0
+    assert sorted(path.name for path in (tmp_path / "outputs/code").iterdir()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"params.yaml", "outputs"}
 
 
 DVC = """

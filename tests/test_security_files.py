@@ -15,7 +15,7 @@ import raw_data
 import torch
 from PIL import Image
 
-from pipeline import checkpoint, weights
+from pipeline import checkpoint, files, weights
 from pipeline.data import batches, carvana, nyu_v2, sources, stream
 from pipeline.data.batches import Prepared
 from pipeline.data.prepare import prepare
@@ -50,7 +50,7 @@ def model(tmp_path: Path, prepared: Prepared) -> Path:
 @pytest.mark.parametrize("case", CARDS)
 def test_a_card_is_data_that_is_checked_before_anything_is_built(case: str, model: Path) -> None:
     checkpoint.load(model)
-    card = json.loads((model / "model.json").read_text())
+    card = files.read_json(model / "model.json")
     CARDS[case](card)
     (model / "model.json").write_text(json.dumps(card))
     before, begun = set(sys.modules), time.perf_counter()

@@ -1,11 +1,15 @@
-"""dvc.yaml names what each stage can reach, no more and no less; imports point one way; importing does nothing."""
+"""Each stage depends on what it can reach, no more and no less; imports point one way; importing does nothing."""
 
 import ast
+import functools
 import graphlib
+import hashlib
 import importlib
 import inspect
 import json
+import modulefinder
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +17,15 @@ from typing import Any
 
 import pytest
 import yaml
-from closure import FAMILIES, ROOT, reach
 
+import stages.code
 from pipeline import methods
+from pipeline.sources import FAMILIES, ROOT, reach
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-COMMANDS = {name: stage["cmd"].split() for name, stage in STAGES.items() if "cmd" in stage}
+MACHINE: dict[str, Any] = yaml.safe_load((ROOT / "machine/dvc.yaml").read_text())["stages"]
+COMMANDS = {name: stage["cmd"].split() for name, stage in (STAGES | MACHINE).items()}
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").glob("*.py")])
-BUNDLES = {name: name.removeprefix("code-") for name in STAGES if name.startswith("code-")}  # the files of a stage, listed once
 WHOLE = ("check", "coverage")  # they ask every network and method, and list the families' folders
 
 # How dvc.yaml names the one file of a family that a stage imports.
@@ -29,8 +34,8 @@ CHOSEN = {
     "overparameterize": "pipeline/overparameterize/${train.overparameterize.method}.py",
     "train.revive": "pipeline/revive/${train.revive.method}.py",
     "train.compress": "pipeline/compress/${train.compress.method}.py",
-    "revive": "outputs/methods/revive-${item.revive}.py",
-    "compress": "outputs/methods/compress-${item.compress}.py",
+    "revive": "outputs/code/revive-${item.revive}.txt",
+    "compress": "outputs/code/compress-${item.compress}.txt",
 }
 VARIANT = "${item.revive}-${item.compress}-${item.seed}"
 DATA = "outputs/prepare/data"
@@ -40,6 +45,7 @@ EVERY_RECORD = {"outputs/prepare/record.json"} | {
 CHAMPION = "outputs/champion/champion.json"
 # What each stage takes beside source files.
 TAKEN: dict[str, set[str]] = {
+    "code": {"params.yaml", "pipeline", "stages"},
     "check": {"params.yaml"},
     "prepare": {"outputs/check/passed.json", "${data.root}"},
     "coverage": {f"{DATA}/data.json"},
@@ -48,7 +54,6 @@ TAKEN: dict[str, set[str]] = {
     "compress": {DATA, "outputs/revive/${item.revive}-${item.seed}/model"},
     "collapse": {DATA, f"outputs/compress/{VARIANT}/model"},
     "export": {DATA, f"outputs/collapse/{VARIANT}/model"},
-    "hardware": set(),
     "profile": {
         "outputs/hardware/hardware.json",
         f"outputs/collapse/{VARIANT}/model",
@@ -61,14 +66,15 @@ TAKEN: dict[str, set[str]] = {
     "track": EVERY_RECORD | {CHAMPION, "pyproject.toml", "outputs/report"},
 }
 GRID = ("seed", "variants", "export.precisions")
+RUNTIME = {f"runtime.{key}" for key in ("device", "threads", "processes", "hosts", "launch")}  # not save_s and workers
 PARAMETERS: dict[str, set[str]] = {
     "prepare": {"data"},
     "coverage": {"model", "train", "variants", "revive", "compress"},
-    "train": {"model", "train", "augment", "runtime"},
-    "revive": {"revive.${item.revive}", "augment", "runtime"},
-    "compress": {"compress.${item.compress}", "augment", "runtime"},
-    "collapse": {"augment", "runtime"},
-    "export": {"export", "runtime.threads", "runtime.workers"},
+    "train": {"model", "train", "augment", *RUNTIME},
+    "revive": {"revive.${item.revive}", "augment", *RUNTIME},
+    "compress": {"compress.${item.compress}", "augment", *RUNTIME},
+    "collapse": {"augment", *RUNTIME},
+    "export": {"export", "runtime.threads"},
     "profile": {"profile", "export.precisions"},
     "champion": {*GRID, "champion"},
     "repository": {*GRID, "repository"},
@@ -79,7 +85,7 @@ PARAMETERS: dict[str, set[str]] = {
 GROUND = "errors files config hardware methods layers channels hooks evaluation progress resume records data models grid lineage "
 GROUND += "export inference measure latency expansion branches averaging tracing filters precision weights operators involution "
 GROUND += "redirect channel_ids ecdm tasks scores pictures conventions deployment precisions quantization pictures_form profiling "
-GROUND += "distributed "
+GROUND += "distributed sources step gpu_sharing side_by_side "
 SURGERY = "coverage surgery structure costs families budget removal grouping selection allocation latency_budget sensitivity "
 SURGERY += "masking takeover"
 SHIPPED = "champion shipping repository triton_config model_card card_figures asking "
@@ -93,36 +99,63 @@ FLOORS = [
 
 
 def test_every_stage_of_the_chain_is_compared() -> None:
-    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "ui", "code", "method", "serve", "ask"}
-    named = {name for name, command in COMMANDS.items() if command[:2] == ["python", "-m"] and name not in BUNDLES}
-    assert named == scripts == set(TAKEN)
-    for name, stage in BUNDLES.items():
-        assert STAGES[name]["cmd"] == f"python -m stages.code {stage}" and STAGES[name]["outs"] == [f"outputs/code/{stage}.txt"]
-    for name, command in ((name, command) for name, command in COMMANDS.items() if name not in BUNDLES):
-        assert command[2] == f"stages.{name}"
-        matrix = list(STAGES[name].get("matrix", {}))
+    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "ui", "serve", "ask", "build"}
+    assert set(COMMANDS) == scripts == {*TAKEN, "hardware"}
+    for name, command in COMMANDS.items():
+        assert command[:3] == ["python", "-m", f"stages.{name}"]
+        matrix = list((STAGES | MACHINE)[name].get("matrix", {}))
         assert command[3:] in ([], ["${item}"], ["${item.seed}"]) and bool(command[3:]) == bool(matrix)
         assert matrix == list(inspect.signature(importlib.import_module(f"stages.{name}").main).parameters)
-    assert set(STAGES) - named - set(BUNDLES) == {"revive-method", "compress-method"}
-
-
-def inside(path: str, family: str) -> bool:
-    return path.startswith(f"pipeline/{family}/")
+    assert MACHINE["hardware"]["always_changed"] and "deps" not in MACHINE["hardware"]  # whatever it reaches, it runs
 
 
 @pytest.mark.parametrize("stage", TAKEN)
-def test_deps_are_the_import_closure(stage: str) -> None:
-    files, families = reach(stage)
-    if stage in WHOLE:
-        assert families == set(FAMILIES)
-        files = {path for path in files if not any(inside(path, family) for family in FAMILIES)}
+def test_deps_are_what_the_stage_takes(stage: str) -> None:
+    _, families = reach(f"stages/{stage}.py")
     chosen = {f"pipeline/{family}" if stage in WHOLE else CHOSEN.get(f"{stage}.{family}", CHOSEN[family]) for family in families}
+    assert stage not in WHOLE or families == set(FAMILIES)
     deps = STAGES[stage]["deps"]
-    if f"code-{stage}" in BUNDLES:
-        deps = [path for path in deps if path != f"outputs/code/{stage}.txt"] + STAGES[f"code-{stage}"]["deps"]
-        assert len(deps) > len(STAGES[stage]["deps"])
     assert len(deps) == len(set(deps))
-    assert set(deps) == files | chosen | TAKEN[stage]
+    assert set(deps) == TAKEN[stage] | chosen | ({f"outputs/code/{stage}.txt"} if stage != "code" else set())
+
+
+def found_by_python(stage: str) -> set[str]:
+    """What the standard library's own search through bytecode finds, blind to what is imported by name."""
+    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder.run_script(str(ROOT / "stages" / f"{stage}.py"))
+    return {str(Path(module.__file__).relative_to(ROOT)) for module in finder.modules.values() if module.__file__}
+
+
+@pytest.mark.parametrize("stage", [*TAKEN, "hardware"])
+def test_the_import_closure_is_what_python_finds(stage: str) -> None:
+    files, families = reach(f"stages/{stage}.py")
+    expected = found_by_python(stage)
+    for family in families:
+        for name in methods.names(family):
+            finder = modulefinder.ModuleFinder([str(ROOT)])
+            finder.import_hook(f"pipeline.{family}.{name}")
+            expected |= {str(Path(module.__file__).relative_to(ROOT)) for module in finder.modules.values() if module.__file__}
+    members = {path for path in expected if Path(path).parent.name in FAMILIES and Path(path).name != "__init__.py"}
+    assert files == expected - members
+
+
+def test_code_sums_up_the_closures_and_the_blocks_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `shasum` would print of each file, and parameters as JSON."""
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    stages.code.main()
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    wanted = {stage: sorted(reach(f"stages/{stage}.py")[0]) for stage in [*TAKEN, "hardware", "ui", "serve", "ask", "build"]}
+    for family in ("revive", "compress"):
+        wanted |= {f"{family}-{block}": [f"pipeline/{family}/{value['method']}.py"] for block, value in params[family].items()}
+    lines = {path.stem: path.read_text().splitlines() for path in (tmp_path / "outputs/code").iterdir()}
+    assert set(lines) == set(wanted)
+    for name, paths in wanted.items():
+        assert lines[name][: len(paths)] == [f"{hashlib.sha256((ROOT / path).read_bytes()).hexdigest()}  {path}" for path in paths]
+        shared = [line.split(": ", 1) for line in lines[name][len(paths) :]]
+        assert [key for key, _ in shared] == list(stages.code.SHARED.get(name, ()))
+        for key, value in shared:
+            assert json.loads(value) == functools.reduce(lambda inside, part: inside[part], key.split("."), params)
 
 
 def test_a_file_that_is_no_module_is_taken_by_a_stage() -> None:
@@ -132,27 +165,18 @@ def test_a_file_that_is_no_module_is_taken_by_a_stage() -> None:
 
 @pytest.mark.parametrize("stage", TAKEN)
 def test_parameters_are_those_that_the_stage_uses(stage: str) -> None:
-    shared = STAGES.get(f"code-{stage}", {}).get("params", [])
+    shared = stages.code.SHARED.get(stage, ())
     assert not any("item." in key for key in shared)
     assert set(STAGES[stage].get("params", [])) | set(shared) == PARAMETERS.get(stage, set())
 
 
 def test_what_a_stage_takes_is_what_another_one_makes() -> None:
-    made = [out for stage in STAGES.values() for out in stage.get("do", stage).get("outs", [])]
+    made = [out for stage in (STAGES | MACHINE).values() for out in stage["outs"]]
     outs = {next(iter(out)) if isinstance(out, dict) else out for out in made}
-    assert len(outs) == sum(len(stage.get("do", stage).get("outs", [])) for stage in STAGES.values())
+    assert len(outs) == len(made)
     control = "outputs/export/${profile.control}-${item.seed}/fp32/model.onnx"
     for taken in {path for path in set().union(*TAKEN.values()) if path.startswith("outputs/")} - {control}:
         assert any(out == taken or out.startswith(f"{taken}/") or taken.startswith(f"{out}/") for out in outs), taken
-
-
-@pytest.mark.parametrize("family", ["revive", "compress"])
-def test_a_block_takes_a_copy_of_its_methods_file_alone(family: str) -> None:
-    stage = STAGES[f"{family}-method"]
-    source, copy = f"pipeline/{family}/${{item.method}}.py", f"outputs/methods/{family}-${{key}}.py"
-    assert stage["foreach"] == f"${{{family}}}"
-    assert stage["do"]["cmd"] == 'python -m stages.method "$DVC_STAGE"'
-    assert stage["do"]["deps"] == ["outputs/check/passed.json", source] and stage["do"]["outs"] == [copy]
 
 
 LOADED = """
@@ -171,10 +195,10 @@ print(json.dumps(found))
 
 
 def test_the_closure_holds_what_python_really_imports() -> None:
-    done = subprocess.run([sys.executable, "-c", LOADED, *TAKEN], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOADED, *TAKEN, "hardware"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for stage, paths in json.loads(done.stdout).items():
-        files, _ = reach(stage)
+        files, _ = reach(f"stages/{stage}.py")
         loaded = {str(Path(path).relative_to(ROOT)) for path in paths}
         assert f"stages/{stage}.py" in loaded and loaded <= files, (stage, loaded - files)
 
@@ -250,8 +274,8 @@ def test_networks_and_methods_know_no_other_and_no_caller(family: str) -> None:
     ("package", "where"),
     [
         ("mlflow", "pipeline/tracking"),
-        ("dvc", "nowhere"),
-        ("sklearn", "pipeline/data/"),
+        ("dvc", "stages/build.py"),
+        ("sklearn", "nowhere"),
         ("matplotlib", "pipeline/report/plots.py"),
     ],
 )
@@ -281,6 +305,36 @@ def test_importing_a_module_does_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+CHECK = """
+import runpy, sys
+sys.argv = ["stages/check.py"]
+runpy.run_module("stages.check", run_name="__main__")
+print("torch" in sys.modules)
+"""
+
+
+def test_a_second_check_has_nothing_to_do_until_something_is_touched(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for name in ("data/raw", "data/start"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def checked() -> str:
+        command = [sys.executable, "-W", "ignore", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})" + CHECK]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else f"{done.returncode}: {done.stderr}"
+
+    assert (checked(), checked()) == ("True", "False")
+    (tmp_path / "data/start/unknown.bin").touch()
+    assert checked().startswith("2: stages.check: params.yaml: train.start")
+    (tmp_path / "data/start/unknown.bin").unlink()
+    assert (checked(), checked()) == ("True", "False")
+    shutil.rmtree(tmp_path / "data/raw")
+    assert (checked(), checked()) == ("True", "False") and (tmp_path / "data/raw").is_dir()
+    path = tmp_path / "params.yaml"
+    path.write_text(path.read_text().replace("epochs: 20", "epochs: many"))
+    assert checked().startswith("2: stages.check: params.yaml: train.fit.epochs")
 
 
 def test_sizes_stay_readable() -> None:

@@ -13,7 +13,7 @@ from conftest import FIT
 from raw_data import options
 from torch import Tensor, nn
 
-from pipeline import methods, models
+from pipeline import files, methods, models
 from pipeline.certificate import certify
 from pipeline.config import Distill, Fit
 from pipeline.data.batches import SPLITS, Batches, Prepared, load
@@ -268,7 +268,7 @@ def test_a_network_that_answers_otherwise_than_the_task_asks_is_refused_without_
 
 def test_older_folders_are_of_classes(prepared: Prepared, tmp_path: Path) -> None:
     shutil.copytree(prepared.folder, tmp_path / "data")
-    card = json.loads((tmp_path / "data/data.json").read_text())
+    card = files.read_json(tmp_path / "data/data.json")
     assert card.pop("task") == "classify"
     (tmp_path / "data/data.json").write_text(json.dumps(card))
     assert load(tmp_path / "data").task == "classify"

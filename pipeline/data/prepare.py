@@ -8,9 +8,9 @@ data.json                                 name, classes, shapes, crop, normalisa
 """
 
 import hashlib
+import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,17 +40,11 @@ def prepare(options: Data, out: Path) -> dict[str, Any]:
     """
     source = _divided(sources.load(options), options)
     layout = _layout(source, options)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        card = _write(source, layout, options, partial)
-        _replace(partial, out)
+        with files.replaced(out) as partial:
+            return _write(source, layout, options, partial)
     except OSError as error:  # a failed write does not know its file
         raise OSError(error.errno, error.strerror, error.filename or str(out)) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return card
 
 
 def hold_out(labels: np.ndarray, classes: tuple[str, ...], share: float, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +180,9 @@ def _write(source: Source, layout: _Layout, options: Data, out: Path) -> dict[st
     tally = np.zeros((channels, 256), np.int64)
     for name, split in source.splits.items():
         if source.task == "classify":
-            with (out / f"{name}_labels.npy").open("wb") as file:
-                np.save(file, split.labels, allow_pickle=False)
+            content = io.BytesIO()  # numpy says nothing of a full disk, only that a file is short
+            np.save(content, split.labels, allow_pickle=False)
+            (out / f"{name}_labels.npy").write_bytes(content.getvalue())
             digest.update(split.labels.astype("<i8").tobytes())
         else:
             targets.write(source, layout.size, (height, width), name, out, digest)
@@ -275,13 +270,3 @@ def _statistics(tally: np.ndarray, options: Data) -> dict[str, list[float]]:
     if 0 in std:
         raise InputError(f"data.std: channel {std.index(0)} is equal in all training pixels: give data.std as numbers")
     return {"mean": mean, "std": std}
-
-
-def _replace(partial: Path, out: Path) -> None:
-    """Put the folder `partial` in the place of `out`. Killed between the renames, no `out` is left: never a mixture."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
