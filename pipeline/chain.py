@@ -89,7 +89,7 @@ def train_stage(
     run = Run(model, fit, train_batches, validation, seed, where.device, stage=stage, fresh=fresh, blank=blank)
     trained = train(run, [*expansion_hooks(card), *hooks], resume, where.runtime.launch)
     finish(where, record, run, trained, card, out)
-    resume.clear()
+    resume.settle()
     distributed.wait()
 
 

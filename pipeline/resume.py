@@ -129,15 +129,25 @@ class Resume:
         if run.device.type == "cuda":
             torch.cuda.set_rng_state(self._own["random_cuda"], run.device)
 
+    def settle(self) -> None:
+        """Its training has ended: states of this name with other parameters or inputs go. Its own stays until `forget`, as whoever
+        started this process may be killed before it knows of the end."""
+        forget(self.folder, self.name, but=self.path)
+
     def clear(self) -> None:
-        """Remove every kept state of this name: its training has ended."""
-        if distributed.rank():
-            return
-        for path in self.folder.glob(f"{self.name}-{'[0-9a-f]' * 16}.safetensors"):
-            path.unlink(missing_ok=True)
+        """Remove every kept state of this name."""
+        forget(self.folder, self.name)
 
     def _part(self, prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+
+
+def forget(folder: Path, name: str, but: Path | None = None) -> None:
+    """Remove every kept state of the training `name`, except the file `but`: what it led to is kept elsewhere."""
+    if distributed.rank() == 0:
+        for path in folder.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"):
+            if path != but:
+                path.unlink(missing_ok=True)
 
 
 def _own(run: Run) -> dict[str, torch.Tensor]:

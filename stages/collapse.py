@@ -5,6 +5,7 @@ from pipeline.certificate import certify
 from pipeline.config import read_params
 from pipeline.overparameterize import collapse
 from pipeline.records import Record
+from pipeline.resume import forget
 from stages import PREPARED, RESUME, folder, run
 
 
@@ -14,6 +15,7 @@ def main(revive: str, compress: str, seed: str) -> None:
     parent = folder("compress", revive, compress, seed) / "model"
     expanded, card = checkpoint.load(parent, where.prepared)
     collapsed, _ = checkpoint.load(parent)
+    forget(RESUME, f"compress-{revive}-{compress}-{seed}")
     collapse(collapsed)
     variant = f"{revive}-{compress}-{seed}"
     record = Record("collapse", variant, used, revive=revive, compress=compress, seed=int(seed))

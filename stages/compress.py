@@ -5,6 +5,7 @@ from pipeline.compression import compress_hooks
 from pipeline.config import lookup, read_params
 from pipeline.distributed import spread
 from pipeline.records import Record
+from pipeline.resume import forget
 from stages import PREPARED, RESUME, folder, run
 
 
@@ -18,6 +19,7 @@ def main(revive: str, compress: str, seed: str) -> None:
     options = methods.options("compress", key, lookup(params, key))
     parent = folder("revive", revive, seed) / "model"
     model, card = checkpoint.load(parent, where.prepared)
+    forget(RESUME, f"revive-{revive}-{seed}")
     variant, parameters = f"{revive}-{compress}-{seed}", {"compress": options.model_dump(), **used}
     record = Record("compress", variant, parameters, revive=revive, compress=compress, seed=int(seed))
     out = folder("compress", revive, compress, seed)

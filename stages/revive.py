@@ -4,6 +4,7 @@ from pipeline import chain, checkpoint, methods
 from pipeline.config import lookup, read_params
 from pipeline.distributed import spread
 from pipeline.records import Record
+from pipeline.resume import forget
 from stages import PREPARED, RESUME, folder, run
 
 
@@ -17,6 +18,7 @@ def main(revive: str, seed: str) -> None:
     options = methods.options("revive", key, lookup(params, key))
     parent = folder("train", seed) / "model"
     model, card = checkpoint.load(parent, where.prepared)
+    forget(RESUME, f"train-{seed}")
     parameters = {"revive": options.model_dump(), **used}
     record = Record("revive", f"{revive}-{seed}", parameters, revive=revive, seed=int(seed))
     hooks = [methods.load("revive", options.method).create(options)]

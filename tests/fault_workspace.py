@@ -119,11 +119,11 @@ class Workspace:
         return {name: path.read_bytes() for name, path in named.items() if not any(p.startswith(hidden) for p in name.split("/"))}
 
     def leftovers(self) -> list[str]:
-        """What killed writers have left, and states of trainings."""
+        """What killed writers have left, and states of trainings but for one: of the last, until the next stage begins."""
         paths = [path for name in OUTPUTS for path in (self.project / name).rglob("*")]
         marks = (".partial", ".old", ".probe")
         found = [path for path in paths if path.suffix in marks or path.name.startswith("unproven-")]
-        found += [path for path in (self.project / RESUME).glob("*.safetensors")]
+        found += sorted((self.project / RESUME).glob("*.safetensors"))[1:]
         return [f"{path.relative_to(self.project)} was left behind" for path in found]
 
     def run(self, words: tuple[str, ...], fault: dict[str, Any] | None = None, after: float | None = None, **more: Any) -> Ended:

@@ -115,7 +115,7 @@ def table(cases: Sequence[tuple[int, str, Case]]) -> str:
         row.update(drawn=1, fired=case.fired, recovered=case.fired and not case.problems, problems=bool(case.problems))
     lines = [f"\n{'kind':22}{'stage':12}" + "".join(f"{name:>10}" for name in HEAD)]
     for kind in KINDS:
-        for stage in (stage.name for stage in STAGES):
+        for stage in (*ALL, "track"):
             if (kind, stage) in counted:
                 lines.append(f"{kind:22}{stage:12}" + "".join(f"{counted[kind, stage][name]:10}" for name in HEAD))
     whole = sum(counted.values(), Counter())

@@ -1,5 +1,6 @@
 """What a stage of training leaves behind: the test split decides nothing, the control trains as much, the record tells it."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def stage(data: Prepared, hooks: list[Hook], out: Path, chosen: Fit) -> dict[str
     card["expansion"] = {"method": "kflo", "arguments": EXPANSION}
     record = Record("compress", "a-b-5", {"anything": 1}, revive="a", compress="b", seed=5)
     chain.train_stage(where, record, model, card, fit=chosen, hooks=hooks, out=out)
-    assert not list((out / "resume").iterdir())
+    assert len(list((out / "resume").iterdir())) <= 1  # its own, until the next stage has taken what it led to
     return files.read_json(out / "record.json")
 
 
@@ -70,6 +71,22 @@ def test_the_test_split_decides_nothing(name: str, tiny: Prepared, tmp_path: Pat
     for file in other.folder.glob("test_*"):
         file.unlink()
     train(run_on(other, network(), chosen), METHODS[name]())  # nothing misses it
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stage_whose_end_nobody_noted_does_not_train_again(
+    name: str, tiny: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = stage(tiny, METHODS[name](), tmp_path / "out", fit(epochs=2))
+    written = {path: path.read_bytes() for path in (tmp_path / "out/model").iterdir()}
+    shutil.rmtree(tmp_path / "out/model")
+    capsys.readouterr()
+    again = stage(tiny, METHODS[name](), tmp_path / "out", fit(epochs=2))
+    epochs = once["metrics"]["epochs"]
+    assert capsys.readouterr().out == f"compress: goes on after epoch {epochs} of {epochs}\n"
+    assert {path: path.read_bytes() for path in (tmp_path / "out/model").iterdir()} == written
+    for key in ("metrics", "history", "events", "notes"):
+        assert once[key] == again[key], key
 
 
 def test_a_record_tells_what_the_written_model_does(tiny: Prepared, tmp_path: Path) -> None:

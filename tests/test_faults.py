@@ -10,7 +10,7 @@ STAGES = ("prepare", "train", "revive", "compress", "collapse")
 
 
 def test_faults_lose_nothing_and_change_no_result(tmp_path: Path) -> None:
-    words = ["--faults", "14", "--seed", "0", "--kinds", *KINDS, "--stages", *STAGES, "--end", "collapse"]
+    words = ["--faults", "12", "--seed", "0", "--kinds", *KINDS, "--stages", *STAGES, "--end", "collapse"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults", *words, "--workdir", str(tmp_path)], capture_output=True, text=True, timeout=600
     )
