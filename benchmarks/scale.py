@@ -54,8 +54,9 @@ TABLES = ("runs", "params", "metrics", "latest_metrics", "tags")  # MLflow's, th
 def copy_project(target: Path, size: tuple[int, ...]) -> None:
     """The project as it stands with a grid of `size` blocks and seeds, in a repository of its own."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in filter(None, subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock":
+    names = subprocess.check_output(listed, cwd=ROOT, text=True)
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file() and Path(name).name != "dvc.lock":
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
     (target / "data/raw").mkdir(parents=True, exist_ok=True)

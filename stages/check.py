@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.config import PARAMS, lookup, read_params
+from pipeline.errors import InputError
 from pipeline.files import write_json
 from pipeline.sources import ROOT
 from stages import folder, run
@@ -22,7 +23,10 @@ def main() -> None:
 
 def _untouched_since(then: int) -> bool:
     params = read_params()
-    folders = [Path(str(lookup(params, key))) for key in ("data.root", "train.start")]
+    try:
+        folders = [Path(str(lookup(params, key))) for key in ("data.root", "train.start")]
+    except InputError:  # the check says it better
+        return False
     looked_at = [PARAMS, *folders, *(ROOT / "pipeline").rglob("*.py")]
     return all(path.exists() and path.stat().st_mtime_ns < then for path in looked_at)
 

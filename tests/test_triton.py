@@ -17,7 +17,7 @@ import served
 import small_chain
 from onnx import numpy_helper
 
-from pipeline.export import read_metadata
+from pipeline.export import read_metadata, write
 
 IMAGES = 1000
 SIZES = (1, 2, 3, 5, 8, 13, 32, 64)
@@ -237,4 +237,4 @@ def shift(path: Path) -> None:
         values = numpy_helper.to_array(weight)
         if values.shape == (10,) and values.dtype == np.float32:
             weight.CopyFrom(numpy_helper.from_array(values + np.float32(1), weight.name))
-    onnx.save_model(proto, path)
+    write(path, proto)
