@@ -1,6 +1,7 @@
 """What a network achieves, and batch-norm statistics that fit its weights. Everything here runs in fp32."""
 
 import ctypes
+import os
 import sys
 from itertools import islice
 
@@ -17,6 +18,7 @@ from pipeline.tasks import TASKS, Score, Tally
 
 def pick_device(wanted: str, threads: int) -> torch.device:
     """The device for "auto", "cpu" or "cuda", with deterministic kernels and `threads` CPU threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order each time
     torch.set_num_threads(threads)
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does the same and imports the compiler: a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # NaN into every new tensor

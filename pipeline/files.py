@@ -94,11 +94,12 @@ def read_json(path: Path) -> Any:
     try:
         content = path.read_bytes()
         value = json.loads(content)
+        whole = not isinstance(value, dict) or SUM not in value or intact(content, value.pop(SUM))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run the stage that writes it first (`dvc repro`)") from None
     except (ValueError, RecursionError) as error:  # no text, no JSON, numbers of thousands of digits, lists in lists in lists
         raise InputError(f"{path} is not valid JSON ({error}): {AGAIN}") from None
-    if isinstance(value, dict) and SUM in value and not intact(content, value.pop(SUM)):
+    if not whole:
         raise InputError(f"{path} is damaged (it is not what was written there, says its sum): {AGAIN}")
     return value
 

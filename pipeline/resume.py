@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline import distributed, files
+from pipeline.errors import InputError
 from pipeline.hooks import Hook, Run
 
 POSITION = ("rounds", "round", "round_epoch", "epoch", "step", "lr", "history", "events", "notes", "best_accuracy")
@@ -99,7 +100,14 @@ class Resume:
             setattr(run, name, rest[name])
         for index, (hook, state) in enumerate(zip(hooks, rest["hooks"], strict=True)):
             hook.load_state(state, self._part(f"hook.{index}."))
-        run.model.load_state_dict(self._part("model."))
+        try:
+            run.model.load_state_dict(self._part("model."))
+        except RuntimeError:  # a target of latency measured other times and chose other widths
+            self.clear()
+            raise InputError(
+                f"{self.path}: the state of the killed training is of a network of other widths than what was chosen now; it is "
+                "removed: run the same again, from the stage's beginning"
+            ) from None
         self._own, self._scaler = self._part(f"own.{distributed.rank()}."), rest["scaler"]
         for index, statistic in enumerate(distributed.statistics(run.model) if self._own else ()):
             statistic.copy_(self._own[f"statistics.{index}"])

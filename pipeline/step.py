@@ -3,7 +3,7 @@
 A small network's kernels end sooner than Python launches the next ones. A CUDA graph holds the whole step, forward, penalties,
 backward and optimiser, and is launched at once. It reads and writes the memory that it was captured with, so that edits in place
 between two epochs need nothing; where a network, an optimiser or any of their tensors is another one, or what a penalty reads in
-Python has changed, the step is captured anew, after a few steps that are launched one by one.
+Python has changed, or an edit was logged, the step is captured anew, after a few steps that are launched one by one.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -32,6 +32,8 @@ class Step:
         self.sums = torch.zeros(4, dtype=torch.float64, device=run.device)
         self.replay: Callable[[], None] | None = None
         self.places: tuple[int, ...] = ()  # of the tensors that it was captured with
+        self.events = 0  # of the run: a network may branch in Python on what an edit changed in place
+        self.stream = torch.cuda.Stream(run.device) if self.graph and run.device.type == "cuda" else None
         self.kind: Hashable = None  # the batch's shape and what the penalties read
         self.warm = 0
 
@@ -44,8 +46,9 @@ class Step:
             torch.use_deterministic_algorithms(True, warn_only=True)  # which tells the compiler, too, now that it is needed
             torch._dynamo.reset()  # else code for networks that are gone counts against its limit
             self.forward = torch.compile(self.run.model, dynamic=False)
-        if self.replay and self.places != tuple(_places(self.run)):
-            self.replay, self.warm = None, 0
+        edited = self.events != len(self.run.events)
+        if edited or (self.replay and self.places != tuple(_places(self.run))):
+            self.replay, self.warm, self.events = None, 0, len(self.run.events)
 
     def take(self, images: Tensor, labels: Tensor) -> None:
         """One step on a batch, at the learning rate `run.lr`; then the hooks' `after_step`."""
@@ -91,11 +94,11 @@ class Step:
             self.kind, self.replay, self.warm = (images.shape, keys), None, 0
         if self.warm < WARM_UP:
             self.warm += 1
-            beside(lambda: self._launch(images, labels))
+            beside(lambda: self._launch(images, labels), self.stream)
             return
         if self.replay is None:
             self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
-            self.replay = capture(lambda: self._launch(self.images, self.labels))
+            self.replay = capture(lambda: self._launch(self.images, self.labels), self.stream)
             self.places = tuple(_places(self.run))
         self.images.copy_(images)
         self.labels.copy_(labels)
@@ -113,17 +116,18 @@ class Step:
                 group["lr"] = torch.tensor(rate, device=self.run.device)
 
 
-def capture(launch: Callable[[], None]) -> Callable[[], None]:
+def capture(launch: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
     """What launches all at once, and again each time it is called, the kernels that `launch` would launch one by one."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory for the next images
+    # other threads may pin memory for the next images
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         launch()
     return graph.replay
 
 
-def beside(launch: Callable[[], None]) -> None:
-    """`launch` on another stream than the usual one, as a capture asks of the steps before it."""
-    stream = torch.cuda.Stream()
+def beside(launch: Callable[[], None], stream: torch.cuda.Stream | None) -> None:
+    """`launch` on the stream of the capture, as that asks of the steps before it."""
+    assert stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         launch()

@@ -37,11 +37,12 @@ def train(run: Run, hooks: Sequence[Hook], resume: Resume | None = None, launch:
     _place(run)
     distributed.agree(run.model)
     run.rounds = _rounds(run.fit.epochs, hooks)
+    step = Step(run, hooks, launch)
     if resume and resume.load(run, hooks):
-        _begin_optimizer(run, hooks)
+        _begin_optimizer(run, hooks, step.graph)
         resume.load_optimizer(run)
     with Progress(run) as progress:
-        _train_rounds(run, hooks, Step(run, hooks, launch), resume, progress)
+        _train_rounds(run, hooks, step, resume, progress)
     run.round = min(run.round, len(run.rounds))
     if run.best:
         run.model.load_state_dict(run.best)
@@ -58,7 +59,7 @@ def _train_rounds(run: Run, hooks: Sequence[Hook], step: Step, resume: Resume | 
             if not all([hook.begin_round(run) for hook in hooks]):
                 return
             distributed.agree(run.model)
-            _begin_optimizer(run, hooks)
+            _begin_optimizer(run, hooks, step.graph)
         while run.round_epoch < run.rounds[run.round - 1]:
             _train_epoch(run, hooks, step, resume, progress)
             final = (run.round, run.round_epoch) == (len(run.rounds), run.rounds[-1])
@@ -131,8 +132,8 @@ def learning_rate(fit: Fit, progress: float, epochs: int) -> float:
     return fit.lr * 0.5 * (1 + math.cos(math.pi * progress / epochs))
 
 
-def _begin_optimizer(run: Run, hooks: Sequence[Hook]) -> None:
-    """A fresh optimiser: one group for each rule that hooks give parameters, in the order of the model."""
+def _begin_optimizer(run: Run, hooks: Sequence[Hook], captured: bool) -> None:
+    """A fresh optimiser, its step perhaps `captured`: a group for each rule that hooks give parameters, in the model's order."""
     rules: dict[nn.Parameter, ParameterRule] = {}
     usual = ParameterRule(run.fit.weight_decay)
     for hook in hooks:
@@ -145,8 +146,8 @@ def _begin_optimizer(run: Run, hooks: Sequence[Hook]) -> None:
     fit = run.fit
     grouped = [{"params": members, **rule._asdict()} for rule, members in groups.items()]
     if fit.optimizer == "adam":
-        capturable = run.device.type == "cuda"
-        run.optimizer = torch.optim.Adam(grouped, lr=fit.lr, betas=(fit.momentum, 0.999), fused=True, capturable=capturable)
+        run.optimizer = torch.optim.Adam(grouped, lr=fit.lr, betas=(fit.momentum, 0.999), fused=True, capturable=captured)
+        run.optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # it is, a few steps
     else:
         run.optimizer = torch.optim.SGD(grouped, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=True)
     if fit.precision == "fp16":

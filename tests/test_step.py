@@ -54,12 +54,12 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often a step is captured. Steps launched again from Python stand for a replayed graph: the same reads and writes."""
     counted = []
 
-    def capture(launch: Callable[[], None]) -> Callable[[], None]:
+    def capture(launch: Callable[[], None], stream: object) -> Callable[[], None]:
         counted.append(1)
         return launch
 
     monkeypatch.setattr(step, "capture", capture)
-    monkeypatch.setattr(step, "beside", lambda launch: launch())
+    monkeypatch.setattr(step, "beside", lambda launch, stream: launch())
     monkeypatch.setattr(step, "WARM_UP", 1)
     return counted
 
@@ -90,12 +90,14 @@ class Replaces(Hook):
         elif run.epoch == 2 and self.what == "momentum":
             state = run.optimizer.state[layer.weight]
             state["momentum_buffer"] = state["momentum_buffer"].clone()
+        elif run.epoch == 2 and self.what == "an edit":
+            run.log("edit")
         elif run.epoch == 2 and self.what == "values":
             layer.weight.data.mul_(1)
         return False
 
 
-@pytest.mark.parametrize(("what", "times"), [("values", 1), ("weight", 2), ("running mean", 2), ("momentum", 2)])
+@pytest.mark.parametrize(("what", "times"), [("values", 1), ("an edit", 2), ("weight", 2), ("running mean", 2), ("momentum", 2)])
 def test_a_step_is_captured_anew_where_a_tensor_is_another_one(what: str, times: int, tiny: Prepared, captures: list[int]) -> None:
     trained(make_run(tiny), "graph", Replaces(what))
     assert len(captures) == times

@@ -168,14 +168,16 @@ class Batches:
         sizes = [sum(group) for group in groups]
         picks, flips, places = order.split(sizes), flips.to(self.device).split(sizes), places.to(self.device).split(sizes, 1)
         flipped = flips if self.augment and self.augment.flip else [None] * len(groups)
-        for group, numbers, place, flip, pool in zip(groups, picks, places, flipped, self._pools(picks), strict=True):
+        chosen = picks if self._targets else order.to(self.device).split(sizes)  # labels lie there; nobody waits for the device
+        for group, numbers, place, flip, pool in zip(groups, chosen, places, flipped, self._pools(picks), strict=True):
             images, targets = self._view(*pool, numbers, place, flip)
             yield from zip(images.split(group), targets.split(group), strict=True)
 
     def _at_once(self) -> int:
         """How many batches are made at once: on a GPU several, as launching one's kernels takes longer than they run; on a CPU one,
         which stays in its cache."""
-        return max(1, AT_ONCE // (self.batch_size * math.prod(self.prepared.shape))) if self.device.type == "cuda" else 1
+        values = self.batch_size * max(math.prod(self.prepared.shape), math.prod(self.prepared.stored))
+        return max(1, AT_ONCE // values) if self.device.type == "cuda" else 1
 
     def stored(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each batch in the order of the split uint8 pixels as they are stored, padded where they are augmented, (N, H, W, C),
