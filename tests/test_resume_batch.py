@@ -25,6 +25,7 @@ from pipeline.data import stream
 from pipeline.data.batches import Batches, Prepared, load
 from pipeline.data.prepare import prepare
 from pipeline.distillation import Distillation
+from pipeline.errors import InputError
 from pipeline.hooks import Hook, Run
 from pipeline.overparameterize import kflo, overparameterize
 from pipeline.records import Record
@@ -214,6 +215,25 @@ def test_more_workers_and_other_saves_go_on_with_an_unfinished_training(
     assert len(list((tmp_path / "resume").glob("train-0-*"))) == 1  # not that of two threads
     forget(tmp_path / "resume", "train-0")
     assert not list((tmp_path / "resume").iterdir())
+
+
+def test_the_state_of_another_width_is_removed_and_said(tiny: Prepared, tmp_path: Path) -> None:
+    """As after a kill where a target of latency is met by other widths than the first time."""
+
+    def attempt(width: int) -> None:
+        model = nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+        train(run_on(tiny, model, fit(epochs=2)), [Killer([], 4 if width == 4 else math.inf)], resume())
+
+    def resume() -> Resume:
+        return Resume(tmp_path, "compress-a", "0" * 16)
+
+    with pytest.raises(Killed):
+        attempt(4)
+    assert resume().path.exists()
+    with pytest.raises(InputError, match="other widths than what was chosen now; it is removed"):
+        attempt(5)
+    assert not resume().path.exists()
+    attempt(5)
 
 
 @pytest.mark.parametrize(("device", "side", "batch"), [("cpu", 16, 256), ("cuda", 16, 1024), ("cuda", 65, 256)])
